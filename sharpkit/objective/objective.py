@@ -1,0 +1,509 @@
+"""The objective: a fixed, differentiable function of the parameters."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharpkit.errors import ObjectiveError, ShapeError, SharpkitWarning
+from sharpkit.objective import batches as trees
+from sharpkit.objective import products
+from sharpkit.objective.admission import HvpMode, refuse_training_mode, trainable, validate
+from sharpkit.objective.evaluator import Evaluator
+from sharpkit.objective.hessian import HessianProducts
+from sharpkit.objective.isolation import unwrap
+from sharpkit.objective.losses import BatchLoss, CriterionLoss
+from sharpkit.objective.memory import default_budget
+from sharpkit.parameters import ParameterSpace, Selection, select_names
+from sharpkit.results import Cost
+
+__all__ = ["Objective"]
+
+
+@dataclass
+class _Tally:
+    hvps: int = 0
+    gradients: int = 0
+    forwards: int = 0
+
+
+class Objective:
+    r"""The empirical risk of a model on a data set, as a function of its parameters.
+
+    .. math::
+        L(\theta) = \frac{\text{sum of loss terms}}{\text{number of loss terms}}
+
+    Batches are a way to compute the sum, not a part of the function: any split of the
+    same examples gives the same loss, gradient and Hessian, with a ragged last batch and
+    masked tokens too. The parameters are copied at construction, and the module is read,
+    never written: its ``.grad``, buffers, mode and the global random state stay as they
+    were, also after an exception.
+
+    Frozen parameters (``requires_grad=False``) are never part of theta, tied ones count
+    once, DDP and compiled modules are unwrapped, and fused attention runs under the math
+    kernel, which has second derivatives.
+
+    Args:
+        model: A network in evaluation mode.
+        loss: A criterion of mean reduction, module or function: ``(outputs, targets)``
+            to the mean loss. Terms are counted as the criterion divides: unmasked
+            (weighted) targets for cross-entropy, elements for MSE.
+        data: A re-iterable of batches ``(inputs, targets)`` (or mappings with a
+            ``labels`` key), a ``DataLoader``, a ``Dataset``, or one pair of tensors.
+        params: The parameters that span theta: a glob, several, or a function of the name.
+        dtype: Evaluate in this floating dtype, for example ``torch.float64``; the module
+            itself is not converted.
+        hvp_mode: ``"auto"`` keeps gradient graphs within ``memory_budget`` and streams the
+            rest by double backward; where an operation has no double backward it falls
+            back to forward-over-reverse, then to checked central differences.
+        memory_budget: Bytes that kept graphs and cached batches may take; default a
+            quarter of the free memory.
+        num_terms: ``(outputs, targets)`` to the number that the criterion divides by, if
+            it is none of the usual ones.
+        check: Verify at construction that loss and data are the same twice and that the
+            loss adds up over examples. Turn it off only for data that are very slow to read.
+
+    Raises:
+        ObjectiveError: In training mode with dropout or BatchNorm; for one-shot iterators,
+            an empty selection, data or losses that differ between two passes, a loss that
+            is not finite or does not add up.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> _ = model.weight.data.fill_(1.0)
+        >>> x, y = torch.eye(2), torch.zeros(2, 1)
+        >>> objective = Objective(model, nn.MSELoss(), (x, y))
+        >>> objective.value().item(), objective.gradient().tolist()
+        (1.0, [1.0, 1.0])
+        >>> objective.hvp(torch.tensor([1.0, 0.0])).tolist()
+        [1.0, 0.0]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Any], Tensor],
+        data: Any,
+        params: Selection = "*",
+        *,
+        dtype: torch.dtype | None = None,
+        hvp_mode: HvpMode = "auto",
+        memory_budget: int | None = None,
+        num_terms: Callable[[Any, Any], float] | None = None,
+        check: bool = True,
+    ):
+        self._init(
+            model,
+            CriterionLoss(loss, num_terms),
+            data,
+            params,
+            dtype=dtype,
+            hvp_mode=hvp_mode,
+            memory_budget=memory_budget,
+            check=check,
+        )
+
+    @classmethod
+    def from_batch_loss(
+        cls,
+        model: nn.Module,
+        batch_loss: BatchLoss,
+        data: Any,
+        params: Selection = "*",
+        *,
+        dtype: torch.dtype | None = None,
+        hvp_mode: HvpMode = "auto",
+        memory_budget: int | None = None,
+        check: bool = True,
+    ) -> Objective:
+        """Return the objective of any batches: dicts, graphs, language models, PINNs.
+
+        Args:
+            model: As for the class; ``batch_loss`` may call any of its methods.
+            batch_loss: Maps ``(model, batch)`` to ``(loss_sum, num_terms)``: the *sum* of
+                the loss terms of the batch, and how many there are.
+            data: A re-iterable of batches.
+            params: As for the class; so are the other arguments.
+            dtype: As for the class.
+            hvp_mode: As for the class.
+            memory_budget: As for the class.
+            check: As for the class.
+
+        Raises:
+            ObjectiveError: As for the class.
+
+        Example:
+            >>> def batch_loss(model, batch):
+            ...     error = model(batch["x"]) - batch["y"]
+            ...     return (error**2).sum(), error.numel()
+            >>> batch = {"x": torch.eye(2), "y": torch.zeros(2, 1)}
+            >>> model = nn.Linear(2, 1)
+            >>> Objective.from_batch_loss(model, batch_loss, [batch]).space.dim
+            3
+        """
+        if not callable(batch_loss):
+            raise ObjectiveError(
+                "Expected `batch_loss` to be a function (model, batch) -> (loss_sum,"
+                f" num_terms). Got {type(batch_loss).__name__}."
+            )
+        self = cls.__new__(cls)
+        self._init(
+            model,
+            batch_loss,
+            data,
+            params,
+            dtype=dtype,
+            hvp_mode=hvp_mode,
+            memory_budget=memory_budget,
+            check=check,
+        )
+        return self
+
+    def _init(
+        self,
+        model: nn.Module,
+        batch_loss: BatchLoss,
+        data: Any,
+        params: Selection,
+        *,
+        dtype: torch.dtype | None,
+        hvp_mode: HvpMode,
+        memory_budget: int | None,
+        check: bool,
+    ) -> None:
+        validate(model, dtype, hvp_mode, memory_budget)
+        model = unwrap(model)
+        refuse_training_mode(model)
+        names = trainable(model, params)
+        device = dict(model.named_parameters())[names[0]].device
+        if memory_budget is None:
+            memory_budget = default_budget(device)
+        self._evaluator = Evaluator(
+            model,
+            batch_loss,
+            trees.as_batches(data),
+            names,
+            dtype=dtype,
+            budget=memory_budget,
+            check=check,
+        )
+        parameters = dict(model.named_parameters())
+        start = {n: self._evaluator.cast(parameters[n].detach()).clone() for n in names}
+        self.space = ParameterSpace.of(start)
+        self._leaves = {n: t.requires_grad_() for n, t in start.items()}
+        self._tally = _Tally()
+        self._started = time.perf_counter()
+        self._warned_unused = False
+        self._requested_mode: HvpMode = hvp_mode
+        self._hessian = HessianProducts(
+            self._evaluator,
+            self._leaves,
+            self.space.dtype,
+            hvp_mode,
+            memory_budget,
+            self._warn_unused,
+        )
+        self._memory_budget = memory_budget
+
+    # -- what it is ------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return (
+            f"Objective({type(self._evaluator.model).__name__}, P={self.space.dim},"
+            f" {self._evaluator.num_examples} examples in {self._evaluator.num_batches}"
+            f" batches, {self.num_terms:g} loss terms)"
+        )
+
+    @property
+    def theta(self) -> Tensor:
+        """The parameters ``[P]`` at which everything is evaluated, as a copy."""
+        return self.space.flatten({n: t.detach() for n, t in self._leaves.items()})
+
+    @property
+    def num_terms(self) -> float:
+        """The number of loss terms in the data."""
+        return self._evaluator.num_terms
+
+    @property
+    def num_examples(self) -> int:
+        """The number of examples in the data (length of the first axis, summed)."""
+        return self._evaluator.num_examples
+
+    @property
+    def data_fingerprint(self) -> str:
+        """A hash of the examples that depends neither on their order nor on batches."""
+        return self._evaluator.fingerprint
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """The coarsest dtype of the parameters in theta: it sets the rounding level."""
+        return Evaluator.coarsest_dtype(self._leaves)
+
+    @property
+    def hvp_mode(self) -> str:
+        """How Hessian-vector products are computed; ``"auto"`` until the first one."""
+        return self._hessian.mode or self._requested_mode
+
+    @property
+    def hvp_error(self) -> float:
+        """The largest relative disagreement of central differences; 0 for exact ways."""
+        return self._hessian.error
+
+    @property
+    def cost(self) -> Cost:
+        """What was spent so far, over all objectives made from this one."""
+        seconds = time.perf_counter() - self._started
+        return Cost(self._tally.hvps, self._tally.gradients, self._tally.forwards, seconds)
+
+    def at(self, theta: Tensor) -> Objective:
+        """Return the same objective at other parameters ``theta [P]``.
+
+        They are rounded to the model's dtype: in bfloat16 a small perturbation may vanish,
+        so measure perturbed losses with ``dtype=torch.float32``.
+
+        Raises:
+            ShapeError: If theta does not have shape ``[P]``.
+        """
+        parts = self.space.unflatten(theta.detach())
+        other = copy.copy(self)
+        other._leaves = {
+            n: t.to(self._leaves[n].dtype).clone().requires_grad_()
+            for n, t in parts.items()
+        }
+        other._hessian = self._hessian.at(other._leaves)
+        return other
+
+    def restrict(self, params: Selection) -> Objective:
+        """Return the objective of some of the parameters; the others stay at theta.
+
+        Raises:
+            ObjectiveError: If the selection matches none of this objective's parameters.
+        """
+        names = select_names(self.space.names, params)
+        chosen = set(names)
+        other = copy.copy(self)
+        other._leaves = {
+            n: self._leaves[n].detach().clone().requires_grad_() for n in names
+        }
+        other.space = ParameterSpace.of(other._leaves)
+        other._evaluator = self._evaluator.restrict(
+            {n: t.detach() for n, t in self._leaves.items() if n not in chosen}
+        )
+        other._hessian = HessianProducts(
+            other._evaluator,
+            other._leaves,
+            other.space.dtype,
+            self._requested_mode,
+            self._memory_budget,
+            other._warn_unused,
+        )
+        return other
+
+    # -- values and gradients --------------------------------------------------------
+
+    def value(self) -> Tensor:
+        """Return ``L(theta)``, a float64 scalar; it may be inf or NaN away from the start."""
+        self._tally.forwards += 1
+        total = torch.zeros((), dtype=torch.float64)
+
+        def add(result: tuple[Tensor, float]) -> None:
+            total.add_(result[0].double().cpu())
+
+        self._evaluator.each(
+            lambda batch: self._evaluator.loss(self._leaves, batch), add, grad=False
+        )
+        return total / self.num_terms
+
+    def gradient(self) -> Tensor:
+        """Return the gradient of L, shape ``[P]``."""
+        return self.value_and_gradient()[1]
+
+    def value_and_gradient(self) -> tuple[Tensor, Tensor]:
+        """Return the value and the gradient ``[P]`` from one pass over the data."""
+        self._tally.gradients += 1
+        total = torch.zeros((), dtype=torch.float64)
+        gradient = torch.zeros(
+            self.space.dim, dtype=self.space.dtype, device=self.space.device
+        )
+        used = [False] * len(self._leaves)
+
+        def one(batch: Any) -> tuple[Tensor, Tensor, list[bool]]:
+            loss = self._evaluator.share(self._leaves, batch)
+            grad, flags = products.flat_gradient(loss, self._leaves, self.space.dtype)
+            return loss.detach(), grad, flags
+
+        def add(result: tuple[Tensor, Tensor, list[bool]]) -> None:
+            total.add_(result[0].double().cpu())
+            gradient.add_(result[1])
+            used[:] = [a or b for a, b in zip(used, result[2], strict=True)]
+
+        self._evaluator.each(one, add, grad=True)
+        self._warn_unused(used)
+        return total, gradient
+
+    def per_example_gradients(self) -> Tensor:
+        """Return the gradient of each example, ``[num_examples, P]``; their mean is g.
+
+        One backward pass an example, in any model: the cost of about ``num_examples``
+        small gradients, and ``num_examples * P`` numbers of memory.
+
+        Raises:
+            ObjectiveError: If the loss is not a sum over examples.
+        """
+        rows: list[Tensor] = []
+        self._each_example_gradient(rows.append)
+        return torch.stack(rows)
+
+    def _each_example_gradient(self, consume: Callable[[Tensor], None]) -> None:
+        if not self._evaluator.additive:
+            raise ObjectiveError(
+                "Expected a loss that is a sum over examples. This one depends on how the"
+                " examples are batched, so it has no per-example gradients."
+            )
+
+        def one(batch: Any) -> list[Tensor]:
+            rows = []
+            for piece in trees.split(batch, 1):
+                loss = self._evaluator.share(self._leaves, piece) * self.num_examples
+                rows.append(products.flat_gradient(loss, self._leaves, self.space.dtype)[0])
+            return rows
+
+        def add(rows: list[Tensor]) -> None:
+            for row in rows:
+                consume(row)
+
+        self._tally.gradients += 1
+        self._evaluator.each(one, add, grad=True)
+
+    # -- curvature products ----------------------------------------------------------
+
+    def hvp(self, vectors: Tensor) -> Tensor:
+        """Return the Hessian times a vector ``[P]`` or the columns of a matrix ``[P, K]``.
+
+        Raises:
+            ShapeError: If the first axis is not P.
+            ObjectiveError: If central differences are the only way and do not converge.
+        """
+        V = self._matrix(vectors)
+        self._tally.hvps += V.shape[1]
+        total = self._hessian(V)
+        return total if vectors.ndim == 2 else total[:, 0]
+
+    def ggnvp(self, vectors: Tensor) -> Tensor:
+        r"""Return the generalised Gauss-Newton matrix times ``[P]`` or ``[P, K]``.
+
+        .. math:: G = \frac1N \sum_n J_n^\top \nabla^2_f \ell_n J_n
+
+        Raises:
+            ShapeError: If the first axis is not P.
+            ObjectiveError: For an objective made from a batch loss, which has no outputs.
+        """
+        criterion = self._evaluator.batch_loss
+        if not isinstance(criterion, CriterionLoss):
+            raise ObjectiveError(
+                "Expected an objective with a criterion, as the GGN goes through the"
+                " network's outputs. Got one made by from_batch_loss. Use"
+                " Objective(model, loss, data)."
+            )
+        V = self._matrix(vectors)
+        self._tally.hvps += V.shape[1]
+        like = list(self._leaves.values())
+
+        def one(batch: Any) -> Tensor:
+            outputs, targets = self._evaluator.outputs(self._leaves, batch)
+            free = outputs.detach().requires_grad_()
+            loss = criterion.terms(free, targets)[0] / self.num_terms
+            (slope,) = torch.autograd.grad(loss, free, create_graph=True)
+            dual = torch.zeros_like(outputs, requires_grad=True)
+            pulled = torch.autograd.grad(
+                outputs, like, grad_outputs=dual, create_graph=True, allow_unused=True
+            )
+            index = [i for i, g in enumerate(pulled) if g is not None]
+            result = []
+            for vector in products.columns(V, self._leaves):
+                (push,) = torch.autograd.grad(
+                    [pulled[i] for i in index],
+                    dual,
+                    grad_outputs=[vector[i] for i in index],
+                    retain_graph=True,
+                )
+                (curved,) = (
+                    torch.autograd.grad(slope, free, grad_outputs=push, retain_graph=True)
+                    if slope.requires_grad
+                    else (torch.zeros_like(push),)
+                )
+                back = torch.autograd.grad(
+                    outputs, like, grad_outputs=curved, retain_graph=True, allow_unused=True
+                )
+                result.append(products.flat(back, like, V.dtype))
+            return torch.stack(result, dim=1)
+
+        total = torch.zeros_like(V)
+
+        def add(part: Tensor) -> None:
+            total.add_(part)
+
+        self._evaluator.each(one, add, grad=True)
+        return total if vectors.ndim == 2 else total[:, 0]
+
+    def fisher_vp(self, vectors: Tensor) -> Tensor:
+        r"""Return the empirical Fisher matrix times ``[P]`` or ``[P, K]``.
+
+        .. math:: F = \frac1N \sum_n g_n g_n^\top, \quad g_n \text{ the example gradients.}
+
+        Raises:
+            ShapeError: If the first axis is not P.
+            ObjectiveError: If the loss is not a sum over examples.
+        """
+        V = self._matrix(vectors)
+        self._tally.hvps += V.shape[1]
+        total = torch.zeros_like(V)
+
+        def add(g: Tensor) -> None:
+            total.add_(torch.outer(g, g @ V))
+
+        self._each_example_gradient(add)
+        total /= self.num_examples
+        return total if vectors.ndim == 2 else total[:, 0]
+
+    def release(self) -> None:
+        """Free the gradient graphs that were kept for Hessian-vector products."""
+        self._hessian.reset()
+        gc.collect()
+
+    # -- how -------------------------------------------------------------------------
+
+    def _matrix(self, vectors: Tensor) -> Tensor:
+        if vectors.ndim not in (1, 2) or vectors.shape[0] != self.space.dim:
+            raise ShapeError(
+                f"Expected vectors of shape ({self.space.dim},) or ({self.space.dim}, K)."
+                f" Got {tuple(vectors.shape)}."
+            )
+        if vectors.device.type != self.space.device.type:
+            raise ShapeError(
+                f"Expected vectors on {self.space.device}. Got {vectors.device}. Move them"
+                " with .to(objective.space.device)."
+            )
+        V = vectors.detach().to(self.space.dtype)
+        return V if V.ndim == 2 else V[:, None]
+
+    def _warn_unused(self, used: list[bool]) -> None:
+        if self._warned_unused or all(used):
+            return
+        self._warned_unused = True
+        unused = [n for n, flag in zip(self.space.names, used, strict=True) if not flag]
+        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" * (len(unused) > 5))
+        warnings.warn(
+            f"The loss does not depend on {shown}: their gradient and curvature are zero."
+            " Leave them out with params=... if this is not meant.",
+            SharpkitWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,202 @@
+"""Hessian-vector products of one batch, by each of the ways that autograd offers.
+
+Costs in gradients of the same batch (G), for K columns: kept graph 2K, rebuilt double
+backward 1 + 2K, forward over reverse about 4K, central differences 4K (two steps each).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from sharpkit.errors import ObjectiveError
+
+__all__ = [
+    "GradientGraph",
+    "central_difference",
+    "flat_gradient",
+    "forward_over_reverse",
+    "gradient_graph",
+    "saved_bytes",
+]
+
+Named: TypeAlias = dict[str, Tensor]
+LossOf: TypeAlias = Callable[[Named], Tensor]
+
+CENTRAL_TOLERANCE = 1e-2  # relative disagreement of the two steps that is still accepted
+
+
+def flat(
+    parts: Sequence[Tensor | None], like: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """Return gradients as one vector; ``None`` (an unused parameter) becomes zeros."""
+    return torch.cat(
+        [
+            like[i].new_zeros(like[i].numel(), dtype=dtype)
+            if part is None
+            else part.detach().reshape(-1).to(dtype)
+            for i, part in enumerate(parts)
+        ]
+    )
+
+
+def columns(V: Tensor, theta: Named) -> list[list[Tensor]]:
+    """Return each column of ``V [P, K]`` as tensors of the parameters' shapes and dtypes."""
+    sizes = [t.numel() for t in theta.values()]
+    return [
+        [
+            piece.view(t.shape).to(t.dtype)
+            for piece, t in zip(
+                torch.split(column.contiguous(), sizes), theta.values(), strict=True
+            )
+        ]
+        for column in V.unbind(dim=1)
+    ]
+
+
+def flat_gradient(
+    loss: Tensor, theta: Named, dtype: torch.dtype
+) -> tuple[Tensor, list[bool]]:
+    """Return the gradient ``[P]`` and which parameters the loss uses."""
+    like = list(theta.values())
+    grads = torch.autograd.grad(loss, like, allow_unused=True)
+    return flat(grads, like, dtype), [g is not None for g in grads]
+
+
+@dataclass
+class GradientGraph:
+    """The gradient of a batch with its graph, ready to be differentiated again."""
+
+    grads: list[Tensor]  # only those that depend on theta
+    index: list[int]  # which parameter each of them belongs to
+    used: list[bool]
+
+
+def gradient_graph(loss: Tensor, theta: Named) -> GradientGraph:
+    """Differentiate once and keep the graph."""
+    grads = torch.autograd.grad(
+        loss, list(theta.values()), create_graph=True, allow_unused=True
+    )
+    index = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
+    return GradientGraph(
+        [grads[i] for i in index],
+        index,
+        [g is not None for g in grads],
+    )
+
+
+def double_backward(
+    graphs: Sequence[GradientGraph], theta: Named, V: Tensor, *, keep: bool
+) -> Tensor:
+    """Return the sum of the graphs' ``H V [P, K]``; one engine call a column.
+
+    Args:
+        graphs: Gradients of batches at ``theta``.
+        theta: The leaves that the graphs were built on.
+        V: Vectors ``[P, K]``.
+        keep: Whether the graphs are needed again.
+    """
+    like = list(theta.values())
+    outputs = [g for graph in graphs for g in graph.grads]
+    if not outputs:  # the gradient does not depend on theta: a linear loss
+        return torch.zeros_like(V)
+    products = []
+    vectors = columns(V, theta)
+    for k, vector in enumerate(vectors):
+        weights = [vector[i] for graph in graphs for i in graph.index]
+        parts = torch.autograd.grad(
+            outputs,
+            like,
+            grad_outputs=weights,
+            retain_graph=keep or k + 1 < len(vectors),
+            allow_unused=True,
+        )
+        products.append(flat(parts, like, V.dtype))
+    return torch.stack(products, dim=1)
+
+
+def forward_over_reverse(loss_of: LossOf, theta: Named, V: Tensor) -> Tensor:
+    """Return ``H V [P, K]`` by forward-mode derivatives of the gradient."""
+    gradient = torch.func.grad(loss_of)
+    primal = {n: t.detach() for n, t in theta.items()}
+    like = list(primal.values())
+    products = []
+    for vector in columns(V, theta):
+        tangent = dict(zip(primal, vector, strict=True))
+        product = torch.func.jvp(gradient, (primal,), (tangent,))[1]
+        products.append(flat(list(product.values()), like, V.dtype))
+    return torch.stack(products, dim=1)
+
+
+def central_difference(
+    gradient_at: Callable[[Tensor], Tensor], theta: Tensor, v: Tensor
+) -> tuple[Tensor, float]:
+    r"""Return :math:`(g(\theta+hv) - g(\theta-hv)) / 2h` and its estimated error.
+
+    The same at the step :math:`2h` tells how far the quotient can be trusted; where the
+    two disagree (kinks of ReLU networks, noise), the quotient is refused.
+
+    Args:
+        gradient_at: The gradient as a function of the flat parameters.
+        theta: Parameters ``[P]``.
+        v: Direction ``[P]``.
+
+    Returns:
+        The product ``[P]`` and the relative difference of the two steps.
+
+    Raises:
+        ObjectiveError: If the two steps disagree by more than 1%.
+    """
+    length = float(v.norm())
+    if length == 0:
+        return torch.zeros_like(v), 0.0
+    scale = float(theta.norm()) / theta.numel() ** 0.5 or 1.0
+    step = torch.finfo(theta.dtype).eps ** (1 / 3) * (scale + 1e-3) * theta.numel() ** 0.5
+    h = step / length
+
+    def quotient(width: float) -> Tensor:
+        return (gradient_at(theta + width * v) - gradient_at(theta - width * v)) / (
+            2 * width
+        )
+
+    near, far = quotient(h), quotient(2 * h)
+    size = max(float(near.norm()), float(far.norm()))
+    relative = float((near - far).norm()) / size if size > 0 else 0.0
+    if not relative <= CENTRAL_TOLERANCE:  # also catches NaN
+        raise ObjectiveError(
+            "Expected the central difference at two step sizes to agree within"
+            f" {CENTRAL_TOLERANCE:.0%}. They differ by {relative:.0%}: the loss is not"
+            " smooth at this scale (ReLU kinks or round-off). Measure in float64"
+            " (dtype=torch.float64), or use operations with second derivatives."
+        )
+    return near, relative
+
+
+class saved_bytes:  # noqa: N801  (a context, used like a function)
+    """Count the bytes that autograd keeps for graphs built inside, except for ``owned``."""
+
+    def __init__(self, owned: Sequence[Tensor] = ()):
+        self._seen = {t.untyped_storage().data_ptr() for t in owned}
+        self._keep: list[Tensor] = []  # alive until the end, so that no address comes twice
+        self.total = 0
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self._keep.append(tensor.detach())
+            self.total += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> saved_bytes:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._hooks.__exit__(*exc)
+        self._keep.clear()
