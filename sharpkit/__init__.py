@@ -1,0 +1,42 @@
+"""Measure and analyse the sharpness of trained PyTorch networks, with error bars.
+
+>>> import torch, sharpkit as sk
+>>> model = torch.nn.Linear(2, 1, bias=False)
+>>> data = (torch.eye(2), torch.zeros(2, 1))
+>>> objective = sk.Objective(model, torch.nn.MSELoss(), data)
+>>> scores = sk.score(objective, ["hessian_trace", "top_eigenvalues:k=1"], seed=0)
+>>> round(scores["hessian_trace"].estimate.value, 4)
+2.0
+"""
+
+from importlib.metadata import version
+
+from sharpkit.analysis import Analysis
+from sharpkit.errors import SharpkitError, SharpkitWarning
+from sharpkit.objective import Objective
+from sharpkit.operators import SymmetricOperator, empirical_fisher, ggn, hessian
+from sharpkit.parameters import ParameterSpace
+from sharpkit.results import Cost, Curve, Estimate, Part, Score, Scores, Spectrum
+from sharpkit.scoring import score
+
+__all__ = [
+    "Analysis",
+    "Cost",
+    "Curve",
+    "Estimate",
+    "Objective",
+    "ParameterSpace",
+    "Part",
+    "Score",
+    "Scores",
+    "SharpkitError",
+    "SharpkitWarning",
+    "Spectrum",
+    "SymmetricOperator",
+    "empirical_fisher",
+    "ggn",
+    "hessian",
+    "score",
+]
+
+__version__ = version("sharpkit")

@@ -1,0 +1,24 @@
+"""Numbers of a matrix or of a function over a ball; nothing here sees a network."""
+
+from sharpkit.estimators.ascent import Ascent, maximize_in_ball, project, steepest
+from sharpkit.estimators.average import average_rise
+from sharpkit.estimators.density import spectral_density
+from sharpkit.estimators.diagonal import Diagonal, exact_diagonal, hutchinson_diagonal
+from sharpkit.estimators.lanczos import Eigenpairs, Which, lanczos
+from sharpkit.estimators.trace import hutchinson_trace
+
+__all__ = [
+    "Ascent",
+    "Diagonal",
+    "Eigenpairs",
+    "Which",
+    "average_rise",
+    "exact_diagonal",
+    "hutchinson_diagonal",
+    "hutchinson_trace",
+    "lanczos",
+    "maximize_in_ball",
+    "project",
+    "spectral_density",
+    "steepest",
+]

@@ -1,0 +1,40 @@
+"""The trace of the Hessian."""
+
+from sharpkit.analysis import Analysis
+from sharpkit.estimators import hutchinson_trace
+from sharpkit.measures.registry import register
+from sharpkit.results import Estimate
+
+
+@register(
+    "hessian_trace",
+    symbol="tr H",
+    reference="Yao et al. 2020, arXiv:1912.07145",
+    cost="num_probes HVPs (64)",
+    invariant_to={"permutation", "orthogonal"},
+    degree=1,
+    nonnegative=False,
+)
+def hessian_trace(
+    analysis: Analysis, *, num_probes: int = 64, target_error: float | None = None
+) -> Estimate:
+    r"""Trace of the Hessian, the mean curvature over random directions times P.
+
+    .. math:: \operatorname{tr} H = \sum_i \lambda_i, \qquad
+        E_{\varepsilon \sim N(0,\sigma^2 I)}[L(\theta+\varepsilon)] - L(\theta)
+        \approx \tfrac{\sigma^2}{2} \operatorname{tr} H
+
+    By Hutchinson's estimator with its standard error. Misleads between networks of other
+    scale: rescaling the layers of a ReLU network changes it at will.
+
+    Args:
+        analysis: What is measured.
+        num_probes: Budget of Hessian-vector products.
+        target_error: Stop once the standard error is below this fraction of the value.
+    """
+    return hutchinson_trace(
+        analysis.hessian,
+        num_probes=num_probes,
+        target_error=target_error,
+        generator=analysis.generator("hessian_trace"),
+    )

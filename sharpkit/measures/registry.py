@@ -1,0 +1,205 @@
+"""The catalogue of measures: what each is, what it claims, and how to call it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+from sharpkit.analysis import Analysis
+from sharpkit.errors import SettingsError, UnknownMeasureError
+from sharpkit.results import Estimate
+
+__all__ = ["SYMMETRIES", "Measure", "get", "names", "register"]
+
+SYMMETRIES: Mapping[str, str] = {
+    "permutation": "hidden units are renumbered",
+    "orthogonal": "the parameter vector is rotated, theta -> Q theta",
+    "layer_scale": "one layer is multiplied by c and the next divided by it (ReLU)",
+    "node_scale": "the inputs of each hidden unit are multiplied by c_j, its outputs divided",
+    "pair_scale": "a product u * v of single weights becomes (c u) * (v / c)",
+}
+"""The symmetries that claims speak of; ``sharpkit.testing`` has a test of each."""
+
+
+class MeasureFunction(Protocol):
+    """A measure: an analysis and keyword settings to an estimate."""
+
+    __name__: str
+    __doc__: str | None
+
+    def __call__(self, analysis: Analysis, **settings: Any) -> Estimate:
+        """Measure."""
+        ...
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A registered measure.
+
+    Attributes:
+        name: Name in the API and on the command line.
+        function: ``(analysis, **settings) -> Estimate``.
+        symbol: Its formula in a few signs.
+        reference: arXiv number or DOI.
+        cost: What it costs, in words and counts.
+        invariant_to: Symmetries (keys of ``SYMMETRIES``) that leave it unchanged; those not
+            listed change it.
+        degree: d where ``L -> c L`` multiplies the measure by ``c^d``; None if no d does.
+        nonnegative: Whether it is at least 0 for every network.
+        settings: Defaults of its settings.
+    """
+
+    name: str
+    function: MeasureFunction
+    symbol: str
+    reference: str
+    cost: str
+    invariant_to: frozenset[str]
+    degree: float | None
+    nonnegative: bool
+    settings: Mapping[str, Any]
+
+    @property
+    def definition(self) -> str:
+        """The first sentence of the docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
+
+    def __call__(self, analysis: Analysis, **settings: Any) -> Estimate:
+        """Check the settings and measure.
+
+        Raises:
+            SettingsError: If a setting is unknown or of the wrong type.
+        """
+        return self.function(analysis, **self.complete(settings))
+
+    def complete(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all settings, defaults included; text is read as the setting's type.
+
+        Raises:
+            SettingsError: If a setting is unknown or cannot be read.
+        """
+        hints = typing.get_type_hints(self.function)
+        result = dict(self.settings)
+        for key, value in settings.items():
+            if key not in result:
+                raise SettingsError(
+                    f"Expected a setting of {self.name!r}: {', '.join(result) or 'it has none'}."
+                    f" Got {key!r}."
+                )
+            result[key] = _read(self.name, key, value, hints[key])
+        return result
+
+
+_REGISTRY: dict[str, Measure] = {}
+
+F = TypeVar("F", bound=Callable[..., Estimate])
+
+
+def register(
+    name: str,
+    *,
+    symbol: str,
+    reference: str,
+    cost: str,
+    invariant_to: set[str],
+    degree: float | None,
+    nonnegative: bool,
+) -> Callable[[F], F]:
+    """Register a measure; see :class:`Measure` for the arguments.
+
+    Raises:
+        SettingsError: If the name is taken or a symmetry is unknown.
+    """
+    unknown = set(invariant_to) - set(SYMMETRIES)
+    if unknown:
+        raise SettingsError(
+            f"Expected symmetries among {', '.join(SYMMETRIES)}. Got {', '.join(unknown)}."
+        )
+    if name in _REGISTRY:
+        raise SettingsError(
+            f"Expected a new name. A measure {name!r} is registered already."
+        )
+
+    def decorate(function: F) -> F:
+        parameters = inspect.signature(function).parameters.values()
+        settings = {
+            p.name: p.default
+            for p in parameters
+            if p.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        _REGISTRY[name] = Measure(
+            name=name,
+            function=typing.cast("MeasureFunction", function),
+            symbol=symbol,
+            reference=reference,
+            cost=cost,
+            invariant_to=frozenset(invariant_to),
+            degree=degree,
+            nonnegative=nonnegative,
+            settings=settings,
+        )
+        return function
+
+    return decorate
+
+
+def names() -> list[str]:
+    """Return the names of all measures, sorted."""
+    return sorted(_REGISTRY)
+
+
+def get(name: str) -> Measure:
+    """Return a measure by name.
+
+    Raises:
+        UnknownMeasureError: If there is none, with the nearest name.
+    """
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    near = difflib.get_close_matches(name, _REGISTRY, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UnknownMeasureError(
+        f"Expected the name of a measure. Got {name!r}.{hint} Known: {', '.join(names())}."
+    )
+
+
+def _read(measure: str, key: str, value: Any, hint: Any) -> Any:
+    # Only the types that settings use: int, float, str, bool, Literal, and None beside them.
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if option is type(None):
+            if value is None or (isinstance(value, str) and value.lower() == "none"):
+                return None
+        elif typing.get_origin(option) is Literal:
+            if value in typing.get_args(option):
+                return value
+        elif isinstance(value, option) and not (
+            isinstance(value, bool) and option is not bool
+        ):
+            return value
+        elif option is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        elif isinstance(value, str) and option in (int, float):
+            try:
+                return option(value)
+            except ValueError:
+                continue
+        elif (
+            isinstance(value, str) and option is bool and value.lower() in ("true", "false")
+        ):
+            return value.lower() == "true"
+    wanted = " or ".join(_name(option) for option in options)
+    raise SettingsError(
+        f"Expected the setting {key!r} of {measure!r} to be {wanted}. Got {value!r}."
+    )
+
+
+def _name(option: Any) -> str:
+    if typing.get_origin(option) is Literal:
+        return "one of " + ", ".join(repr(x) for x in typing.get_args(option))
+    return "none" if option is type(None) else str(option.__name__)

@@ -1,0 +1,169 @@
+"""Score an objective with several measures."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+
+from sharpkit import measures
+from sharpkit.analysis import Analysis
+from sharpkit.errors import SettingsError, SharpkitError, SharpkitWarning
+from sharpkit.objective import Objective
+from sharpkit.results import Cost, Score, Scores
+
+__all__ = ["MeasureRequest", "parse_request", "score"]
+
+MeasureRequest: TypeAlias = str | tuple[str, Mapping[str, Any]]
+"""``"name"``, ``"name:key=value,key=value"``, or ``("name", {"key": value})``."""
+
+
+def parse_request(request: MeasureRequest) -> tuple[measures.Measure, dict[str, Any]]:
+    """Return the measure and its complete settings.
+
+    Raises:
+        UnknownMeasureError: If there is no such measure.
+        SettingsError: If a setting is unknown or cannot be read.
+
+    Example:
+        >>> measure, settings = parse_request("sam_sharpness:rho=0.1,steps=5")
+        >>> measure.name, settings
+        ('sam_sharpness', {'rho': 0.1, 'norm': 'l2', 'steps': 5})
+    """
+    if isinstance(request, str):
+        name, _, rest = request.partition(":")
+        given: dict[str, Any] = {}
+        for item in filter(None, rest.split(",")):
+            key, equals, value = item.partition("=")
+            if not equals or not key.strip():
+                raise SettingsError(
+                    f"Expected settings as name:key=value,key=value. Got {request!r}."
+                )
+            given[key.strip()] = value.strip()
+        measure = measures.get(name.strip())
+        return measure, measure.complete(given)
+    try:
+        name, given = request[0], dict(request[1])
+    except (TypeError, ValueError, IndexError):
+        raise SettingsError(
+            "Expected a measure as 'name', 'name:key=value' or ('name', {'key': value})."
+            f" Got {request!r}."
+        ) from None
+    measure = measures.get(name)
+    return measure, measure.complete(given)
+
+
+def score(
+    objective: Objective,
+    names: MeasureRequest | Iterable[MeasureRequest] | None = None,
+    *,
+    seed: int = 0,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+    on_score: Callable[[Score], None] | None = None,
+) -> Scores:
+    """Measure an objective: the front door of sharpkit.
+
+    What measures share (gradient, eigenpairs, diagonal) is computed once; a measure that
+    fails is recorded with its error, warned about, and the others go on. All requests are
+    checked before anything is computed.
+
+    Args:
+        objective: Model, loss and data.
+        names: Measures with settings; ``None`` asks for all of them.
+        seed: Seed of every random draw.
+        provenance: Added to each score's provenance.
+        progress: Called with the name of each measure before it starts.
+        on_score: Called with each score as soon as it is there.
+
+    Returns:
+        One score a request, in the order asked for.
+
+    Raises:
+        UnknownMeasureError: If there is no measure of a name.
+        SettingsError: If a setting is unknown or cannot be read.
+
+    Example:
+        >>> data = (torch.eye(2), torch.zeros(2, 1))
+        >>> objective = Objective(torch.nn.Linear(2, 1, bias=False), torch.nn.MSELoss(), data)
+        >>> scores = score(objective, ["hessian_trace", "top_eigenvalues:k=1"], seed=0)
+        >>> [round(float(s.estimate), 4) for s in scores]
+        [2.0, 1.0]
+    """
+    if not isinstance(objective, Objective):
+        raise SettingsError(
+            f"Expected an Objective. Got {type(objective).__name__}. Write"
+            " sharpkit.score(sharpkit.Objective(model, loss, data), ...)."
+        )
+    if names is None:
+        requests: list[MeasureRequest] = list(measures.names())
+    elif isinstance(names, str) or (
+        isinstance(names, tuple) and len(names) == 2 and isinstance(names[1], Mapping)
+    ):
+        requests = [names]  # type: ignore[list-item]
+    else:
+        requests = list(names)  # type: ignore[arg-type]
+    parsed = [parse_request(request) for request in requests]
+    analysis = Analysis(objective, seed=seed)
+    origin = {**_provenance(objective), **(provenance or {})}
+    scores = []
+    for measure, settings in parsed:
+        if progress:
+            progress(measure.name)
+        result = _one(analysis, measure, settings, seed, origin)
+        scores.append(result)
+        if on_score:
+            on_score(result)
+    return Scores(tuple(scores))
+
+
+def _one(
+    analysis: Analysis,
+    measure: measures.Measure,
+    settings: Mapping[str, Any],
+    seed: int,
+    origin: Mapping[str, Any],
+) -> Score:
+    before = analysis.objective.cost
+    estimate, error = None, None
+    try:
+        estimate = measure(analysis, **settings)
+    except (SharpkitError, RuntimeError, ArithmeticError) as failure:
+        text = " ".join(str(failure).split())
+        error = (
+            text
+            if isinstance(failure, SharpkitError)
+            else f"{type(failure).__name__}: {text}"
+        )
+        warnings.warn(f"{measure.name} failed: {error}", SharpkitWarning, stacklevel=3)
+    spent: Cost = analysis.objective.cost - before
+    if estimate is not None:
+        estimate = replace(estimate, cost=spent)
+    mode = {"hvp_mode": analysis.objective.hvp_mode} if spent.hvps else {}
+    if spent.hvps and analysis.objective.hvp_error:
+        mode["hvp_relative_error"] = str(analysis.objective.hvp_error)
+    return Score(measure.name, estimate, dict(settings), seed, {**origin, **mode}, error)
+
+
+def _provenance(objective: Objective) -> dict[str, Any]:
+    theta = objective.theta
+    digest = hashlib.sha256(theta.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return {
+        "loss": float(objective.value()),
+        "num_parameters": objective.space.dim,
+        "num_examples": objective.num_examples,
+        "num_terms": objective.num_terms,
+        "theta_sha256": digest.hexdigest(),
+        "data_fingerprint": objective.data_fingerprint,
+        "dtype": str(objective.model_dtype).removeprefix("torch."),
+        "device": str(objective.space.device),
+        "sharpkit": importlib.metadata.version("sharpkit"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
