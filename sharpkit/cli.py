@@ -1,0 +1,493 @@
+"""The command line: the only module that prints or exits.
+
+Results go to stdout; progress, notes and errors to stderr. Exit status: 0 done, 1 some
+checkpoints or checks failed (the rest is kept), 2 wrong use, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from sharpkit import __version__, measures
+from sharpkit.errors import SettingsError, SharpkitError, SharpkitWarning
+from sharpkit.results import Estimate, Score
+from sharpkit.scoring import parse_request
+from sharpkit.study.checkpoints import find_checkpoints
+from sharpkit.study.doctor import examine
+from sharpkit.study.recipe import load_recipe
+from sharpkit.study.runner import CheckpointScores, score_checkpoints
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="sharpkit",
+    help="Measure how sharp the minimum is that a trained network lies in.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+OK, SOME_FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+RecipeOption = Annotated[
+    Path, typer.Option("--recipe", "-r", help="Python file with model(), data() and loss.")
+]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="Evaluate in float32, float64 or bfloat16.")
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", help="For example cpu or cuda:0; default the model's."),
+]
+ParamsOption = Annotated[
+    list[str] | None,
+    typer.Option("--params", help="Glob of parameter names; may be repeated."),
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-pickle", help="Load checkpoints that can run code. Know their origin."
+    ),
+]
+
+
+def _stdout() -> Console:
+    return Console(file=sys.stdout, highlight=False, soft_wrap=False)
+
+
+def _stderr() -> Console:
+    return Console(file=sys.stderr, highlight=False)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise SettingsError(
+            f"Expected --dtype to be one of {', '.join(DTYPES)}. Got {name!r}."
+        )
+    return DTYPES[name] if name else None
+
+
+def _device(name: str | None) -> str | None:
+    if name is None:
+        return None
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        text = str(error).splitlines()[0]
+        raise SettingsError(
+            f"Expected --device to be usable. {name!r} is not: {text}"
+        ) from None
+    return name
+
+
+@contextmanager
+def _notes_on_stderr() -> Iterator[None]:
+    # sharpkit's warnings become one-line notes; those of other libraries stay as they are.
+    usual = warnings.showwarning
+    seen: set[str] = set()
+
+    def show(message: Any, category: Any, *rest: Any, **named: Any) -> None:
+        if not issubclass(category, SharpkitWarning):
+            usual(message, category, *rest, **named)
+        elif str(message) not in seen:
+            seen.add(str(message))
+            _stderr().print(f"note: {message}", style="yellow", markup=False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SharpkitWarning)
+        warnings.showwarning = show
+        yield
+
+
+# -- score -------------------------------------------------------------------------------
+
+
+@app.command()
+def score(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(help="Files, folders or globs (.pt .pth .ckpt .safetensors)."),
+    ],
+    recipe: RecipeOption,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option("-m", "--measure", help="NAME or NAME:key=value,...; default all."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of tables.")
+    ] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    params: ParamsOption = None,
+    trust_pickle: TrustOption = False,
+) -> int:
+    """Score checkpoints: every measure with its error, one table a checkpoint."""
+    requests = measure or measures.names()
+    for request in requests:
+        parse_request(request)  # refuse before anything is computed
+    loaded = load_recipe(recipe)
+    files = find_checkpoints(checkpoints)
+    out, finished = _stdout(), []
+
+    def on_result(result: CheckpointScores) -> None:
+        finished.append(result)
+        if not as_json:
+            _print_result(out, result)
+
+    status = OK
+    try:
+        with _progress() as bar:
+            task = bar.add_task("", total=len(files) * len(requests))
+            started = -1
+
+            def progress(path: Path, name: str) -> None:
+                nonlocal started
+                started += 1
+                bar.update(task, completed=started, description=f"{path.name}: {name}")
+
+            def next_file(result: CheckpointScores) -> None:
+                nonlocal started
+                on_result(result)
+                started = len(finished) * len(requests) - 1
+                bar.update(task, completed=started + 1)
+
+            score_checkpoints(
+                files,
+                loaded,
+                requests,
+                seed=seed,
+                dtype=_dtype(dtype),
+                device=_device(device),
+                params=params or None,
+                trust_pickle=trust_pickle,
+                progress=progress,
+                on_result=next_file,
+            )
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    if as_json:
+        document = {"sharpkit": __version__, "checkpoints": [r.to_dict() for r in finished]}
+        sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    if status == INTERRUPTED:
+        _stderr().print(f"interrupted: {len(finished)} of {len(files)} checkpoints shown")
+        return status
+    bad = [r for r in finished if r.failed]
+    if bad:
+        _stderr().print(
+            f"{len(bad)} of {len(files)} checkpoints failed, fully or in part; the rest is"
+            " complete.",
+            style="red",
+        )
+    return SOME_FAILED if bad else OK
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=_stderr(),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def _print_result(out: Console, result: CheckpointScores) -> None:
+    title = str(result.checkpoint)
+    if result.error:
+        out.print(Text(f"{title}: {result.error}", style="red"))
+        if not result.scores:
+            return
+    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
+    table.add_column("measure", overflow="fold")
+    table.add_column("value")
+    table.add_column("error is")
+    table.add_column("HVP", justify="right")
+    table.add_column("grad", justify="right")
+    table.add_column("sec", justify="right")
+    for item in result.scores:
+        table.add_row(*_row(item))
+    out.print(table)
+    if result.scores:
+        origin = result.scores[0].provenance
+        out.print(
+            f"loss {origin['loss']:.5g} over {origin['num_examples']} examples,"
+            f" {origin['num_parameters']} parameters, {origin['dtype']}",
+            style="dim",
+        )
+    for item in result.scores:
+        for note in [*(item.estimate.notes if item.estimate else ()), item.error or ""]:
+            if note:
+                out.print(Text(f"  {item.measure}: {note}", style="yellow"))
+    out.print()
+
+
+def _row(item: Score) -> list[Text]:
+    e: Estimate | None = item.estimate
+    settings = {
+        k: v
+        for k, v in item.settings.items()
+        if v != measures.get(item.measure).settings[k]
+    }
+    name = item.measure + "".join(f" {k}={v}" for k, v in settings.items())
+    if e is None:
+        return [Text(name), Text("failed", style="red"), *[Text("")] * 4]
+    style = "" if e.converged else "yellow"
+    kind = {"stderr": "1 std. error", "bound": "bound", "rounding": "rounding"}
+    return [
+        Text(name),
+        Text(str(e).replace(" (not converged)", ""), style=style),
+        Text(
+            kind.get(e.error_kind, "room left") + ("" if e.converged else ", NOT CONVERGED")
+        ),
+        Text(str(e.cost.hvps)),
+        Text(str(e.cost.gradients)),
+        Text(f"{e.cost.seconds:.1f}"),
+    ]
+
+
+# -- measures ----------------------------------------------------------------------------
+
+
+@app.command(name="measures")
+def list_measures(
+    name: Annotated[str | None, typer.Argument(help="Show one measure in full.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of a table.")
+    ] = False,
+) -> int:
+    """List the measures: definition, invariances, cost."""
+    chosen = [measures.get(name)] if name else [measures.get(n) for n in measures.names()]
+    out = _stdout()
+    if as_json:
+        rows = [_describe(m) for m in chosen]
+        sys.stdout.write(json.dumps(rows[0] if name else rows, indent=2) + "\n")
+        return OK
+    if name:
+        _print_measure(out, chosen[0])
+        return OK
+    table = Table(box=None, pad_edge=False, show_lines=False)
+    for column in ("measure", "what it is", "cost"):
+        table.add_column(column, overflow="fold")
+    for m in chosen:
+        table.add_row(Text(m.name, style="bold"), Text(m.definition), Text(m.cost))
+    out.print(table)
+    out.print("\nsharpkit measures NAME shows formula, settings, invariances, reference.")
+    return OK
+
+
+def _describe(m: measures.Measure) -> dict[str, Any]:
+    return {
+        "name": m.name,
+        "symbol": m.symbol,
+        "definition": m.definition,
+        "reference": m.reference,
+        "cost": m.cost,
+        "invariant_to": sorted(m.invariant_to),
+        "degree": m.degree,
+        "nonnegative": m.nonnegative,
+        "settings": dict(m.settings),
+    }
+
+
+def _print_measure(out: Console, m: measures.Measure) -> None:
+    import inspect
+
+    out.print(Text(f"{m.name}   {m.symbol}", style="bold"))
+    out.print()
+    out.print(Text(inspect.getdoc(m.function) or ""))
+    out.print()
+    defaults = ", ".join(f"{k}={v}" for k, v in m.settings.items()) or "none"
+    out.print(Text(f"settings      {defaults}"))
+    unchanged = (
+        ", ".join(s for s in measures.SYMMETRIES if s in m.invariant_to) or "nothing"
+    )
+    changed = (
+        ", ".join(s for s in measures.SYMMETRIES if s not in m.invariant_to) or "nothing"
+    )
+    out.print(Text(f"invariant to  {unchanged}"))
+    out.print(Text(f"changed by    {changed}"))
+    degree = "is not homogeneous" if m.degree is None else f"scales as c^{m.degree:g}"
+    out.print(Text(f"under L -> cL {degree}"))
+    out.print(Text(f"cost          {m.cost}"))
+    out.print(Text(f"reference     {m.reference}"))
+
+
+# -- doctor ------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor(
+    recipe: RecipeOption,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Load these weights first.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of a table.")
+    ] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    params: ParamsOption = None,
+    trust_pickle: TrustOption = False,
+) -> int:
+    """Check that model, loss and data can be measured, and forecast time and memory."""
+    loaded = load_recipe(recipe)
+    objective, _ = loaded.objective(
+        checkpoint,
+        dtype=_dtype(dtype),
+        device=_device(device),
+        params=params or None,
+        trust_pickle=trust_pickle,
+    )
+    findings = examine(objective)
+    out = _stdout()
+    if as_json:
+        rows = [vars(f) for f in findings]
+        sys.stdout.write(json.dumps(rows, indent=2, allow_nan=False) + "\n")
+    else:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for finding in findings:
+            mark = {
+                None: Text("-"),
+                True: Text("ok", "green"),
+                False: Text("FAIL", "bold red"),
+            }
+            table.add_row(mark[finding.passed], Text(finding.name), Text(finding.text))
+        out.print(table)
+    return SOME_FAILED if any(f.passed is False for f in findings) else OK
+
+
+# -- demo --------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A smaller zoo, under 40 s.")
+    ] = False,
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="Folder for checkpoints, data and figures."),
+    ] = Path("sharpkit-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the measurements.")] = 0,
+) -> int:
+    """Train a small real zoo, score it, correlate sharpness with generalization, draw it."""
+    from sharpkit.demo.run import run_demo
+
+    started = time.perf_counter()
+    out = _stdout()
+    with _progress() as bar:
+        task = bar.add_task("", total=None)
+
+        def progress(text: str, done: int, total: int) -> None:
+            bar.update(task, description=text, completed=done, total=total)
+
+        report = run_demo(output, quick=quick, seed=seed, progress=progress)
+    out.print(
+        f"{report.num_models} models trained on scikit-learn digits, scored with seed {seed}"
+    )
+    out.print(_frame_table("Sharpness of each model", report.table))
+    out.print(
+        _frame_table(
+            "Kendall tau with the generalization gap (test - train CE)", report.taus
+        )
+    )
+    for line in report.remarks:
+        out.print(Text(line, style="yellow"))
+    out.print("\nWritten:")
+    for path in report.files:
+        out.print(Text(f"  {path}"))
+    out.print(f"{time.perf_counter() - started:.0f} s in all")
+    return SOME_FAILED if report.failures else OK
+
+
+def _frame_table(title: str, frame: Any) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for i, name in enumerate(frame.columns):
+        table.add_column(str(name), justify="left" if i == 0 else "right", overflow="fold")
+    for row in frame.itertuples(index=False):
+        table.add_row(*(Text(str(cell)) for cell in row))
+    return table
+
+
+# -- entry -------------------------------------------------------------------------------
+
+
+def _version(show: bool) -> None:
+    if show:
+        sys.stdout.write(f"sharpkit {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks of errors.")
+    ] = False,
+) -> None:
+    del version, debug  # read before the command is parsed
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    sys.exit(run(argv))
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status.
+
+    Example:
+        >>> run(["--version"])  # doctest: +ELLIPSIS
+        sharpkit ...
+        0
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = ["--debug"] * debug + [a for a in arguments if a != "--debug"]
+    try:
+        with _notes_on_stderr():
+            status = app(arguments, prog_name="sharpkit", standalone_mode=False)
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _stderr().print("interrupted")
+        return INTERRUPTED
+    except click.ClickException as error:
+        error.show(file=sys.stderr)
+        return WRONG_USE
+    except SharpkitError as error:
+        if debug:
+            raise
+        _stderr().print(Text(f"sharpkit: {' '.join(str(error).split())}", style="red"))
+        return WRONG_USE
+    return status if isinstance(status, int) else OK

@@ -1,0 +1,1 @@
+"""Many checkpoints: load them, score them, correlate the scores with generalization."""

@@ -1,0 +1,205 @@
+"""Recipes: a Python file of the user's that says how to build model, loss and data.
+
+A recipe is the user's own code and runs as such. It holds either
+
+- ``model()`` or ``model(checkpoint)``: the network, whose weights sharpkit then loads;
+- ``data()``: re-iterable batches, called once for all checkpoints;
+- ``loss``: a criterion ``(outputs, targets)``, or ``batch_loss(model, batch)`` returning
+  ``(loss_sum, num_terms)``;
+
+or one function ``objective(checkpoint)`` that returns a ready ``sharpkit.Objective``.
+Optional: ``params`` (a selection of parameters), ``load_weights = False`` (``model`` has
+done it), ``metadata(checkpoint) -> dict`` (generalization gap, hyper-parameters).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import runpy
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sharpkit.errors import RecipeError, SharpkitError
+from sharpkit.objective import Objective
+from sharpkit.parameters import Selection
+from sharpkit.study.checkpoints import load_checkpoint
+
+__all__ = ["Recipe", "load_recipe"]
+
+
+@dataclass
+class Recipe:
+    """A loaded recipe file.
+
+    Attributes:
+        path: The file.
+        names: What it defines.
+    """
+
+    path: Path
+    names: Mapping[str, Any]
+    _data: Any = field(default=None, repr=False)
+
+    def objective(
+        self,
+        checkpoint: Path | None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | None = None,
+        params: Selection | None = None,
+        trust_pickle: bool = False,
+    ) -> tuple[Objective, dict[str, Any]]:
+        """Return the objective of a checkpoint, and where its weights came from.
+
+        Args:
+            checkpoint: The file; ``None`` takes the model as the recipe builds it.
+            dtype: Evaluate in this dtype.
+            device: Move the model there.
+            params: Overrides the recipe's ``params``.
+            trust_pickle: Allow checkpoints that run code when loaded.
+
+        Raises:
+            RecipeError: If a function of the recipe fails or returns something else than
+                it should.
+            CheckpointError: If the checkpoint does not fit.
+            ObjectiveError: If the parts do not make an objective.
+        """
+        if "objective" in self.names:
+            objective = self._call("objective", checkpoint)
+            if not isinstance(objective, Objective):
+                raise RecipeError(
+                    f"Expected objective(checkpoint) in {self.path} to return a"
+                    f" sharpkit.Objective. Got {type(objective).__name__}."
+                )
+            if params is not None:
+                objective = objective.restrict(params)
+            return objective, {"checkpoint": str(checkpoint)} if checkpoint else {}
+        model = self._call("model", checkpoint)
+        if not isinstance(model, nn.Module):
+            raise RecipeError(
+                f"Expected model(...) in {self.path} to return a torch.nn.Module."
+                f" Got {type(model).__name__}."
+            )
+        origin: dict[str, Any] = {}
+        if checkpoint is not None:
+            origin["checkpoint"] = str(checkpoint)
+            if self.names.get("load_weights", True):
+                info = load_checkpoint(checkpoint, model, trust_pickle=trust_pickle)
+                origin["checkpoint_sha256"] = info.sha256
+        if device is not None:
+            model = model.to(device)
+        model.eval()
+        if self._data is None:
+            self._data = self._call("data")
+        selection = params if params is not None else self.names.get("params", "*")
+        if "batch_loss" in self.names:
+            objective = Objective.from_batch_loss(
+                model, self.names["batch_loss"], self._data, selection, dtype=dtype
+            )
+        else:
+            objective = Objective(
+                model, self.names["loss"], self._data, selection, dtype=dtype
+            )
+        return objective, origin
+
+    def metadata(self, checkpoint: Path) -> dict[str, Any]:
+        """Return what the recipe knows of a checkpoint; empty if it says nothing."""
+        if "metadata" not in self.names:
+            return {}
+        found = self._call("metadata", checkpoint)
+        if not isinstance(found, Mapping):
+            raise RecipeError(
+                f"Expected metadata(checkpoint) in {self.path} to return a dict."
+                f" Got {type(found).__name__}."
+            )
+        try:
+            result: dict[str, Any] = json.loads(json.dumps(dict(found)))
+        except (TypeError, ValueError) as error:
+            raise RecipeError(
+                f"Expected metadata(checkpoint) in {self.path} to hold plain numbers and"
+                f" text. {error}."
+            ) from error
+        return result
+
+    def _call(self, name: str, checkpoint: Path | None = None) -> Any:
+        function = self.names[name]
+        arguments = [checkpoint] if _takes_argument(function) else []
+        try:
+            return function(*arguments)
+        except SharpkitError:
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split()) or "no message"
+            raise RecipeError(
+                f"{name}() in {self.path} failed: {type(error).__name__}: {text}"
+            ) from error
+
+
+def _takes_argument(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.VAR_POSITIONAL,
+    )
+    return any(p.kind in positional for p in parameters)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Run a recipe file and check that it defines what is needed.
+
+    Raises:
+        RecipeError: If the file is missing, fails, or lacks a definition.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "a directory" if path.is_dir() else "no such file"
+        raise RecipeError(f"Expected a Python recipe file. {path} is {what}.")
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)  # a recipe may import its neighbours, as a script does
+    try:
+        names = runpy.run_path(str(path))
+    except SyntaxError as error:
+        raise RecipeError(
+            f"Expected Python code in {path}. Line {error.lineno}: {error.msg}."
+        ) from error
+    except (Exception, SystemExit) as error:
+        text = " ".join(str(error).split()) or "no message"
+        raise RecipeError(
+            f"The recipe {path} failed while it was read: {type(error).__name__}: {text}"
+        ) from error
+    finally:
+        sys.path.remove(folder)
+    if "objective" in names:
+        _require_callable(path, names, "objective")
+        return Recipe(path, names)
+    missing = [n for n in ("model", "data") if n not in names]
+    if "loss" not in names and "batch_loss" not in names:
+        missing.append("loss (or batch_loss)")
+    if missing:
+        raise RecipeError(
+            f"Expected {path} to define model(), data() and loss, or objective(checkpoint)."
+            f" Missing: {', '.join(missing)}."
+        )
+    for name in ("model", "data", "metadata", "batch_loss"):
+        if name in names:
+            _require_callable(path, names, name)
+    return Recipe(path, names)
+
+
+def _require_callable(path: Path, names: Mapping[str, Any], name: str) -> None:
+    if not callable(names[name]):
+        raise RecipeError(
+            f"Expected `{name}` in {path} to be a function."
+            f" Got {type(names[name]).__name__}."
+        )
