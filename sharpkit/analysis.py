@@ -79,9 +79,7 @@ class Analysis:
         """The Hessian as an operator."""
         return self._once(("hessian",), lambda: hessian(self.objective))
 
-    def eigenpairs(
-        self, *, k: int, which: Which, tol: float, max_matvecs: int
-    ) -> Eigenpairs:
+    def eigenpairs(self, *, k: int, which: Which, tol: float, max_matvecs: int) -> Eigenpairs:
         """Return extreme eigenpairs of the Hessian; the same settings are computed once."""
         return self._once(
             ("eigenpairs", k, which, tol, max_matvecs),
@@ -97,9 +95,7 @@ class Analysis:
 
     def diagonal(self, *, method: str, num_probes: int) -> Diagonal:
         """Return the Hessian's diagonal; ``"auto"`` is exact if that takes no more probes."""
-        exact = method == "exact" or (
-            method == "auto" and self.objective.space.dim <= num_probes
-        )
+        exact = method == "exact" or (method == "auto" and self.objective.space.dim <= num_probes)
         if exact:
             return self._once(("diagonal",), lambda: exact_diagonal(self.hessian))
         return self._once(

@@ -6,6 +6,7 @@ checkpoints or checks failed (the rest is kept), 2 wrong use, 130 interrupted.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
@@ -15,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import torch
 import typer
 from rich.console import Console
@@ -32,7 +32,7 @@ from rich.text import Text
 
 from sharpkit import __version__, measures
 from sharpkit.errors import SettingsError, SharpkitError, SharpkitWarning
-from sharpkit.results import Estimate, Score
+from sharpkit.results import Estimate, Score, format_value
 from sharpkit.scoring import parse_request
 from sharpkit.study.checkpoints import find_checkpoints
 from sharpkit.study.doctor import examine
@@ -70,9 +70,7 @@ ParamsOption = Annotated[
 ]
 TrustOption = Annotated[
     bool,
-    typer.Option(
-        "--trust-pickle", help="Load checkpoints that can run code. Know their origin."
-    ),
+    typer.Option("--trust-pickle", help="Load checkpoints that can run code. Know their origin."),
 ]
 
 
@@ -86,9 +84,7 @@ def _stderr() -> Console:
 
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
-        raise SettingsError(
-            f"Expected --dtype to be one of {', '.join(DTYPES)}. Got {name!r}."
-        )
+        raise SettingsError(f"Expected --dtype to be one of {', '.join(DTYPES)}. Got {name!r}.")
     return DTYPES[name] if name else None
 
 
@@ -99,9 +95,7 @@ def _device(name: str | None) -> str | None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         text = str(error).splitlines()[0]
-        raise SettingsError(
-            f"Expected --device to be usable. {name!r} is not: {text}"
-        ) from None
+        raise SettingsError(f"Expected --device to be usable. {name!r} is not: {text}") from None
     return name
 
 
@@ -139,14 +133,12 @@ def score(
         typer.Option("-m", "--measure", help="NAME or NAME:key=value,...; default all."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of tables.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     params: ParamsOption = None,
     trust_pickle: TrustOption = False,
-) -> int:
+) -> None:
     """Score checkpoints: every measure with its error, one table a checkpoint."""
     requests = measure or measures.names()
     for request in requests:
@@ -196,7 +188,7 @@ def score(
         sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
     if status == INTERRUPTED:
         _stderr().print(f"interrupted: {len(finished)} of {len(files)} checkpoints shown")
-        return status
+        _leave(status)
     bad = [r for r in finished if r.failed]
     if bad:
         _stderr().print(
@@ -204,7 +196,7 @@ def score(
             " complete.",
             style="red",
         )
-    return SOME_FAILED if bad else OK
+    _leave(SOME_FAILED if bad else OK)
 
 
 def _progress() -> Progress:
@@ -225,10 +217,16 @@ def _print_result(out: Console, result: CheckpointScores) -> None:
         out.print(Text(f"{title}: {result.error}", style="red"))
         if not result.scores:
             return
-    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=escape(title),
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("measure", overflow="fold")
-    table.add_column("value")
-    table.add_column("error is")
+    table.add_column("value", overflow="fold")
+    table.add_column("error")
     table.add_column("HVP", justify="right")
     table.add_column("grad", justify="right")
     table.add_column("sec", justify="right")
@@ -243,30 +241,31 @@ def _print_result(out: Console, result: CheckpointScores) -> None:
             style="dim",
         )
     for item in result.scores:
-        for note in [*(item.estimate.notes if item.estimate else ()), item.error or ""]:
-            if note:
-                out.print(Text(f"  {item.measure}: {note}", style="yellow"))
+        e = item.estimate
+        if e is None:
+            out.print(Text(f"  {item.measure} failed: {item.error}", style="red"))
+            continue
+        late = "" if e.converged else "NOT CONVERGED. "
+        text = late + " ".join(e.notes)
+        if text:
+            out.print(Text(f"  {item.measure}: {text.strip()}", style="yellow"))
     out.print()
 
 
 def _row(item: Score) -> list[Text]:
     e: Estimate | None = item.estimate
     settings = {
-        k: v
-        for k, v in item.settings.items()
-        if v != measures.get(item.measure).settings[k]
+        k: v for k, v in item.settings.items() if v != measures.get(item.measure).settings[k]
     }
     name = item.measure + "".join(f" {k}={v}" for k, v in settings.items())
     if e is None:
         return [Text(name), Text("failed", style="red"), *[Text("")] * 4]
-    style = "" if e.converged else "yellow"
-    kind = {"stderr": "1 std. error", "bound": "bound", "rounding": "rounding"}
+    kind = {"stderr": "1 se", "bound": "bound", "rounding": "rounding"}
+    shown = format_value(e.value, e.probe_error, e.error_kind)
     return [
         Text(name),
-        Text(str(e).replace(" (not converged)", ""), style=style),
-        Text(
-            kind.get(e.error_kind, "room left") + ("" if e.converged else ", NOT CONVERGED")
-        ),
+        Text(shown if e.converged else f"{shown} (!)", style="" if e.converged else "yellow"),
+        Text(kind.get(e.error_kind, "room")),
         Text(str(e.cost.hvps)),
         Text(str(e.cost.gradients)),
         Text(f"{e.cost.seconds:.1f}"),
@@ -279,20 +278,18 @@ def _row(item: Score) -> list[Text]:
 @app.command(name="measures")
 def list_measures(
     name: Annotated[str | None, typer.Argument(help="Show one measure in full.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of a table.")
-    ] = False,
-) -> int:
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
     """List the measures: definition, invariances, cost."""
     chosen = [measures.get(name)] if name else [measures.get(n) for n in measures.names()]
     out = _stdout()
     if as_json:
         rows = [_describe(m) for m in chosen]
         sys.stdout.write(json.dumps(rows[0] if name else rows, indent=2) + "\n")
-        return OK
+        return
     if name:
         _print_measure(out, chosen[0])
-        return OK
+        return
     table = Table(box=None, pad_edge=False, show_lines=False)
     for column in ("measure", "what it is", "cost"):
         table.add_column(column, overflow="fold")
@@ -300,7 +297,6 @@ def list_measures(
         table.add_row(Text(m.name, style="bold"), Text(m.definition), Text(m.cost))
     out.print(table)
     out.print("\nsharpkit measures NAME shows formula, settings, invariances, reference.")
-    return OK
 
 
 def _describe(m: measures.Measure) -> dict[str, Any]:
@@ -317,21 +313,38 @@ def _describe(m: measures.Measure) -> dict[str, Any]:
     }
 
 
-def _print_measure(out: Console, m: measures.Measure) -> None:
-    import inspect
+def _reflow(docstring: str) -> list[str]:
+    # Paragraphs on one line each, for the terminal to break; formulas and settings as lines.
+    result = []
+    for paragraph in docstring.split("\n\n"):
+        lines = paragraph.splitlines()
+        if lines[0].startswith(".. math::"):
+            first = lines[0].removeprefix(".. math::").strip()
+            result.append("\n".join("    " + t for t in [first, *map(str.strip, lines[1:])] if t))
+        elif lines[0] == "Args:":
+            items: list[str] = []
+            for line in lines[1:]:
+                starts = line.startswith("    ") and not line.startswith("     ")
+                if starts:
+                    items.append("  " + line.strip())
+                else:
+                    items[-1] += " " + line.strip()
+            result.append("\n".join(i for i in items if not i.startswith("  analysis:")))
+        else:
+            result.append(" ".join(line.strip() for line in lines))
+    return [text.replace("``", "") for text in result if text]
 
+
+def _print_measure(out: Console, m: measures.Measure) -> None:
     out.print(Text(f"{m.name}   {m.symbol}", style="bold"))
     out.print()
-    out.print(Text(inspect.getdoc(m.function) or ""))
-    out.print()
+    for paragraph in _reflow(inspect.getdoc(m.function) or ""):
+        out.print(Text(paragraph))
+        out.print()
     defaults = ", ".join(f"{k}={v}" for k, v in m.settings.items()) or "none"
     out.print(Text(f"settings      {defaults}"))
-    unchanged = (
-        ", ".join(s for s in measures.SYMMETRIES if s in m.invariant_to) or "nothing"
-    )
-    changed = (
-        ", ".join(s for s in measures.SYMMETRIES if s not in m.invariant_to) or "nothing"
-    )
+    unchanged = ", ".join(s for s in measures.SYMMETRIES if s in m.invariant_to) or "nothing"
+    changed = ", ".join(s for s in measures.SYMMETRIES if s not in m.invariant_to) or "nothing"
     out.print(Text(f"invariant to  {unchanged}"))
     out.print(Text(f"changed by    {changed}"))
     degree = "is not homogeneous" if m.degree is None else f"scales as c^{m.degree:g}"
@@ -346,17 +359,13 @@ def _print_measure(out: Console, m: measures.Measure) -> None:
 @app.command()
 def doctor(
     recipe: RecipeOption,
-    checkpoint: Annotated[
-        Path | None, typer.Argument(help="Load these weights first.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of a table.")
-    ] = False,
+    checkpoint: Annotated[Path | None, typer.Argument(help="Load these weights first.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     params: ParamsOption = None,
     trust_pickle: TrustOption = False,
-) -> int:
+) -> None:
     """Check that model, loss and data can be measured, and forecast time and memory."""
     loaded = load_recipe(recipe)
     objective, _ = loaded.objective(
@@ -381,7 +390,7 @@ def doctor(
             }
             table.add_row(mark[finding.passed], Text(finding.name), Text(finding.text))
         out.print(table)
-    return SOME_FAILED if any(f.passed is False for f in findings) else OK
+    _leave(SOME_FAILED if any(f.passed is False for f in findings) else OK)
 
 
 # -- demo --------------------------------------------------------------------------------
@@ -389,15 +398,13 @@ def doctor(
 
 @app.command()
 def demo(
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A smaller zoo, under 40 s.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A smaller zoo, under 40 s.")] = False,
     output: Annotated[
         Path,
         typer.Option("-o", "--output", help="Folder for checkpoints, data and figures."),
     ] = Path("sharpkit-demo"),
     seed: Annotated[int, typer.Option(help="Seed of the measurements.")] = 0,
-) -> int:
+) -> None:
     """Train a small real zoo, score it, correlate sharpness with generalization, draw it."""
     from sharpkit.demo.run import run_demo
 
@@ -410,14 +417,10 @@ def demo(
             bar.update(task, description=text, completed=done, total=total)
 
         report = run_demo(output, quick=quick, seed=seed, progress=progress)
-    out.print(
-        f"{report.num_models} models trained on scikit-learn digits, scored with seed {seed}"
-    )
+    out.print(f"{report.num_models} models trained on scikit-learn digits, scored with seed {seed}")
     out.print(_frame_table("Sharpness of each model", report.table))
     out.print(
-        _frame_table(
-            "Kendall tau with the generalization gap (test - train CE)", report.taus
-        )
+        _frame_table("Kendall tau with the generalization gap (test - train CE)", report.taus)
     )
     for line in report.remarks:
         out.print(Text(line, style="yellow"))
@@ -425,7 +428,7 @@ def demo(
     for path in report.files:
         out.print(Text(f"  {path}"))
     out.print(f"{time.perf_counter() - started:.0f} s in all")
-    return SOME_FAILED if report.failures else OK
+    _leave(SOME_FAILED if report.failures else OK)
 
 
 def _frame_table(title: str, frame: Any) -> Table:
@@ -451,11 +454,14 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks of errors.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     del version, debug  # read before the command is parsed
+
+
+def _leave(status: int) -> None:
+    if status != OK:
+        raise typer.Exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -476,18 +482,15 @@ def run(argv: Sequence[str] | None = None) -> int:
     arguments = ["--debug"] * debug + [a for a in arguments if a != "--debug"]
     try:
         with _notes_on_stderr():
-            status = app(arguments, prog_name="sharpkit", standalone_mode=False)
-    except click.exceptions.Exit as leave:
-        return leave.exit_code
-    except (click.Abort, KeyboardInterrupt):
+            app(arguments, prog_name="sharpkit")
+    except SystemExit as leave:  # how typer ends, also after a usage error (2)
+        return leave.code if isinstance(leave.code, int) else OK
+    except KeyboardInterrupt:
         _stderr().print("interrupted")
         return INTERRUPTED
-    except click.ClickException as error:
-        error.show(file=sys.stderr)
-        return WRONG_USE
     except SharpkitError as error:
         if debug:
             raise
         _stderr().print(Text(f"sharpkit: {' '.join(str(error).split())}", style="red"))
         return WRONG_USE
-    return status if isinstance(status, int) else OK
+    return OK

@@ -141,12 +141,9 @@ class ParameterSpace:
         for name, shape in zip(self.names, self.shapes, strict=True):
             if tensors[name].shape != shape:
                 raise ShapeError(
-                    f"Expected {name!r} of shape {tuple(shape)}."
-                    f" Got {tuple(tensors[name].shape)}."
+                    f"Expected {name!r} of shape {tuple(shape)}. Got {tuple(tensors[name].shape)}."
                 )
-        return torch.cat(
-            [tensors[n].reshape(-1).to(self.device, self.dtype) for n in self.names]
-        )
+        return torch.cat([tensors[n].reshape(-1).to(self.device, self.dtype) for n in self.names])
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Return views of a vector ``[P]``, one for each parameter."""

@@ -165,9 +165,7 @@ def format_value(value: float, error: float | None, kind: ErrorKind = "stderr") 
     else:
         places = 4 if error == 0 else min(max(1 - math.floor(math.log10(error)), 0), 6)
         shown = f"{value:.{places}f}"
-        width = (
-            f"{error:.{places}f}" if error == 0 or error >= 10**-places else f"{error:.0e}"
-        )
+        width = f"{error:.{places}f}" if error == 0 or error >= 10**-places else f"{error:.0e}"
     return f">= {shown} (+{width})" if kind == "lower_bound" else f"{shown} ± {width}"
 
 

@@ -136,11 +136,7 @@ def _one(
         estimate = measure(analysis, **settings)
     except (SharpkitError, RuntimeError, ArithmeticError) as failure:
         text = " ".join(str(failure).split())
-        error = (
-            text
-            if isinstance(failure, SharpkitError)
-            else f"{type(failure).__name__}: {text}"
-        )
+        error = text if isinstance(failure, SharpkitError) else f"{type(failure).__name__}: {text}"
         warnings.warn(f"{measure.name} failed: {error}", SharpkitWarning, stacklevel=3)
     spent: Cost = analysis.objective.cost - before
     if estimate is not None:

@@ -110,8 +110,7 @@ def test_harmless_buffers_are_ignored_and_said(tmp_path):
 
 def test_dtype_of_the_model_is_kept(tmp_path):
     state = {
-        k: v.double() if v.is_floating_point() else v
-        for k, v in make_model(1).state_dict().items()
+        k: v.double() if v.is_floating_point() else v for k, v in make_model(1).state_dict().items()
     }
     target = make_model(2)
     load_checkpoint(save(state, tmp_path / "a.pt"), target)
@@ -136,13 +135,9 @@ def broken_files(folder):
         "Git LFS pointer": _write(
             folder / "lfs.pt", b"version https://git-lfs.github.com/spec/v1\n"
         ),
-        "damaged, cut off or of another": _write(
-            folder / "cut.pt", whole[: len(whole) // 2]
-        ),
+        "damaged, cut off or of another": _write(folder / "cut.pt", whole[: len(whole) // 2]),
         "of another format": _write(folder / "text.pt", b"these are not weights at all\n"),
-        "damaged or of another format": _write(
-            folder / "text.safetensors", b"not weights" * 9
-        ),
+        "damaged or of another format": _write(folder / "text.safetensors", b"not weights" * 9),
         "use --trust-pickle": save({"w": Stranger()}, folder / "pickle.pt"),
         "Got list": save([torch.zeros(1)], folder / "list.pt"),
         "It holds: epoch, loss": save({"epoch": 1, "loss": 0.1}, folder / "no_weights.pt"),

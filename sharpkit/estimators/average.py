@@ -60,13 +60,9 @@ def average_rise(
     rises, bad = [], 0
     for _ in range(num_pairs):
         if norm == "l2":
-            z = torch.randn(
-                like.shape, generator=generator, dtype=like.dtype, device=like.device
-            )
+            z = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
         else:
-            z = torch.rand(
-                like.shape, generator=generator, dtype=like.dtype, device=like.device
-            )
+            z = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
             z = 2 * z - 1
         values = [function(rho * z), function(-rho * z)]
         bad += sum(not math.isfinite(v) for v in values)

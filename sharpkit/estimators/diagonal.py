@@ -47,17 +47,13 @@ def exact_diagonal(matrix: Matrix) -> Diagonal:
     values = torch.zeros(matrix.dim, dtype=matrix.dtype, device=matrix.device)
     for start in range(0, matrix.dim, BLOCK):
         index = torch.arange(start, min(start + BLOCK, matrix.dim), device=matrix.device)
-        units = torch.zeros(
-            matrix.dim, len(index), dtype=matrix.dtype, device=matrix.device
-        )
+        units = torch.zeros(matrix.dim, len(index), dtype=matrix.dtype, device=matrix.device)
         units[index, index - start] = 1
         values[index] = (matrix @ units)[index, index - start]
     return Diagonal(values, torch.zeros_like(values), 0)
 
 
-def hutchinson_diagonal(
-    matrix: Matrix, *, num_probes: int, generator: torch.Generator
-) -> Diagonal:
+def hutchinson_diagonal(matrix: Matrix, *, num_probes: int, generator: torch.Generator) -> Diagonal:
     r"""Estimate the diagonal as the mean of ``z * A z`` (Bekas, Kokiopoulou, Saad 2007).
 
     Entry i has variance :math:`\frac1m\sum_{j\ne i}A_{ij}^2`: small entries beside large

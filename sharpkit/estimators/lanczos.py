@@ -130,9 +130,7 @@ class Krylov:
         self.alphas.append(alpha)
         w = self._orthogonalize(w)
         beta = float(w.norm())
-        self.scale = max(
-            self.scale, abs(alpha) + beta + (self.betas[-1] if self.betas else 0)
-        )
+        self.scale = max(self.scale, abs(alpha) + beta + (self.betas[-1] if self.betas else 0))
         eps = torch.finfo(self.matrix.dtype).eps
         if beta > ROUNDING * eps * max(self.scale, torch.finfo(self.matrix.dtype).tiny):
             self.betas.append(beta)
@@ -149,9 +147,7 @@ class Krylov:
 
     def vectors(self, coefficients: np.ndarray) -> Tensor:
         """Return Ritz vectors ``[P, j]`` for columns of coefficients."""
-        S = torch.as_tensor(
-            coefficients, dtype=self.matrix.dtype, device=self.matrix.device
-        )
+        S = torch.as_tensor(coefficients, dtype=self.matrix.dtype, device=self.matrix.device)
         return self.basis[: self.size].T @ S
 
 
@@ -179,9 +175,7 @@ def unseen_share(dim: int, steps: int, failure_probability: float) -> float:
         >>> round(unseen_share(10**8, 84, 1e-3), 4)
         0.0101
     """
-    return float(
-        (math.log(1.648 * math.sqrt(dim) / failure_probability) / (2 * steps - 1)) ** 2
-    )
+    return float((math.log(1.648 * math.sqrt(dim) / failure_probability) / (2 * steps - 1)) ** 2)
 
 
 def lanczos(
@@ -251,9 +245,7 @@ class _Found:
     converged: list[bool]
 
     def keep(self, k: int) -> None:
-        order = sorted(range(len(self.values)), key=lambda i: -self.sign * self.values[i])[
-            :k
-        ]
+        order = sorted(range(len(self.values)), key=lambda i: -self.sign * self.values[i])[:k]
         self.values = [self.values[i] for i in order]
         self.residuals = [self.residuals[i] for i in order]
         self.converged = [self.converged[i] for i in order]
@@ -309,11 +301,7 @@ class _Search:
             done = self._done(values, residuals, history, k)
             if krylov.exhausted or self.spent() >= budget or all(all(d) for d in done):
                 break
-        floor = (
-            ROUNDING
-            * torch.finfo(self.matrix.dtype).eps
-            * max(abs(values[0]), abs(values[-1]))
-        )
+        floor = ROUNDING * torch.finfo(self.matrix.dtype).eps * max(abs(values[0]), abs(values[-1]))
         residuals = self._blurred(values, residuals)
         ends = []
         for sign, flags in zip(self.signs, done, strict=True):
@@ -347,9 +335,7 @@ class _Search:
         return list(range(len(values)))[:: -1 if sign > 0 else 1]
 
     def _wanted(self, values: np.ndarray, k: int) -> np.ndarray:
-        return np.concatenate(
-            [values[self._order(values, sign)[:k]] for sign in self.signs]
-        )
+        return np.concatenate([values[self._order(values, sign)[:k]] for sign in self.signs])
 
     def _allowed(self, value: float, scale: float) -> float:
         return self.tol * max(abs(value), SMALL_SHARE * scale)

@@ -41,9 +41,7 @@ def filter_normalized(objective: Objective, *, seed: int = 0) -> Tensor:
     """
     space = objective.space
     generator = torch.Generator(space.device).manual_seed(seed)
-    noise = torch.randn(
-        space.dim, generator=generator, dtype=space.dtype, device=space.device
-    )
+    noise = torch.randn(space.dim, generator=generator, dtype=space.dtype, device=space.device)
     weights, parts = space.unflatten(objective.theta), space.unflatten(noise)
     if all(w.ndim <= 1 for w in weights.values()):
         raise MeasureError(

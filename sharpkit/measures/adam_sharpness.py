@@ -113,9 +113,7 @@ def _extrapolate(h: Tensor, se: Tensor, generator: torch.Generator) -> list[floa
     for level in NOISE_LEVELS:
         draws = [_root_sum(h)] if level == 0 else []
         while level > 0 and len(draws) < REPEATS:
-            noise = torch.randn(
-                h.shape, generator=generator, dtype=h.dtype, device=h.device
-            )
+            noise = torch.randn(h.shape, generator=generator, dtype=h.dtype, device=h.device)
             draws.append(_root_sum(h + level**0.5 * se * noise))
         sums.append(sum(draws) / len(draws))
     y = torch.tensor(sums, dtype=torch.float64)[:, None]

@@ -121,16 +121,12 @@ def register(
             f"Expected symmetries among {', '.join(SYMMETRIES)}. Got {', '.join(unknown)}."
         )
     if name in _REGISTRY:
-        raise SettingsError(
-            f"Expected a new name. A measure {name!r} is registered already."
-        )
+        raise SettingsError(f"Expected a new name. A measure {name!r} is registered already.")
 
     def decorate(function: F) -> F:
         parameters = inspect.signature(function).parameters.values()
         settings = {
-            p.name: p.default
-            for p in parameters
-            if p.kind is inspect.Parameter.KEYWORD_ONLY
+            p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
         _REGISTRY[name] = Measure(
             name=name,
@@ -178,9 +174,7 @@ def _read(measure: str, key: str, value: Any, hint: Any) -> Any:
         elif typing.get_origin(option) is Literal:
             if value in typing.get_args(option):
                 return value
-        elif isinstance(value, option) and not (
-            isinstance(value, bool) and option is not bool
-        ):
+        elif isinstance(value, option) and not (isinstance(value, bool) and option is not bool):
             return value
         elif option is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
@@ -189,9 +183,7 @@ def _read(measure: str, key: str, value: Any, hint: Any) -> Any:
                 return option(value)
             except ValueError:
                 continue
-        elif (
-            isinstance(value, str) and option is bool and value.lower() in ("true", "false")
-        ):
+        elif isinstance(value, str) and option is bool and value.lower() in ("true", "false"):
             return value.lower() == "true"
     wanted = " or ".join(_name(option) for option in options)
     raise SettingsError(

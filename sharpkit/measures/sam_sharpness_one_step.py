@@ -17,9 +17,7 @@ from sharpkit.results import Estimate
     degree=1,
     nonnegative=False,
 )
-def sam_sharpness_one_step(
-    analysis: Analysis, *, rho: float = 0.05, norm: Norm = "l2"
-) -> Estimate:
+def sam_sharpness_one_step(analysis: Analysis, *, rho: float = 0.05, norm: Norm = "l2") -> Estimate:
     r"""Rise of the loss at the point that one SAM step perturbs to.
 
     .. math:: L\bigl(\theta + \rho\, g/\|g\|_2\bigr) - L(\theta) \qquad

@@ -43,16 +43,12 @@ def top_eigenvalues(
     """
     dim = analysis.objective.space.dim
     if k > dim:
-        raise SettingsError(
-            f"Expected `k` of at most {dim}, the number of parameters. Got {k}."
-        )
+        raise SettingsError(f"Expected `k` of at most {dim}, the number of parameters. Got {k}.")
     pairs = analysis.eigenpairs(k=k, which=which, tol=tol, max_matvecs=max_matvecs)
     parts = [
         Part(f"lambda_{i + 1}", value, error, done)
         for i, (value, error, done) in enumerate(
-            zip(
-                pairs.largest, pairs.largest_residuals, pairs.largest_converged, strict=True
-            )
+            zip(pairs.largest, pairs.largest_residuals, pairs.largest_converged, strict=True)
         )
     ] + [
         Part(f"lambda_-{i + 1}", value, error, done)
@@ -68,9 +64,7 @@ def top_eigenvalues(
     notes = []
     if not pairs.converged:
         late = [p.label for p in parts if not p.converged]
-        what = (
-            f"{', '.join(late)} did" if late else "The second start was cut off: pairs may"
-        )
+        what = f"{', '.join(late)} did" if late else "The second start was cut off: pairs may"
         notes.append(
             f"{what} not {'converge' if late else 'be complete'} within {max_matvecs}"
             " products. Give a larger `max_matvecs` or a larger `tol`."

@@ -31,8 +31,7 @@ def validate(
         )
     if hvp_mode not in get_args(HvpMode):
         raise ObjectiveError(
-            f"Expected `hvp_mode` to be one of {', '.join(get_args(HvpMode))}."
-            f" Got {hvp_mode!r}."
+            f"Expected `hvp_mode` to be one of {', '.join(get_args(HvpMode))}. Got {hvp_mode!r}."
         )
     if memory_budget is not None and memory_budget < 0:
         raise ObjectiveError(
@@ -43,9 +42,7 @@ def validate(
 def trainable(model: nn.Module, params: Selection) -> list[str]:
     parameters = dict(model.named_parameters())
     if not parameters:
-        raise ObjectiveError(
-            f"Expected a model with parameters. {type(model).__name__} has none."
-        )
+        raise ObjectiveError(f"Expected a model with parameters. {type(model).__name__} has none.")
     lazy = [n for n, p in parameters.items() if isinstance(p, nn.UninitializedParameter)]
     if lazy:
         raise ObjectiveError(
@@ -77,8 +74,7 @@ def refuse_training_mode(model: nn.Module) -> None:
         recurrent = isinstance(module, nn.RNNBase) and module.dropout > 0
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         instance_norm = (
-            isinstance(module, nn.modules.instancenorm._InstanceNorm)
-            and module.track_running_stats
+            isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
         )
         if dropout or attention or recurrent or batch_norm or instance_norm:
             raise ObjectiveError(

@@ -124,9 +124,7 @@ def batch_size(batch: Any) -> int | None:
 def batch_bytes(batch: Any) -> int:
     """Return the memory of the batch's tensors."""
     return sum(
-        leaf.numel() * leaf.element_size()
-        for _, leaf in leaves(batch)
-        if isinstance(leaf, Tensor)
+        leaf.numel() * leaf.element_size() for _, leaf in leaves(batch) if isinstance(leaf, Tensor)
     )
 
 

@@ -81,9 +81,7 @@ class Evaluator:
         self.num_batches = self.num_examples = 0
         self.num_terms = 0.0
         self.fingerprint = ""
-        self._first_pass(
-            {n: self.cast(parameters[n].detach()) for n in names}, budget, check
-        )
+        self._first_pass({n: self.cast(parameters[n].detach()) for n in names}, budget, check)
 
     # -- evaluation ------------------------------------------------------------------
 
@@ -98,18 +96,14 @@ class Evaluator:
             )
         total, count = result
         if not isinstance(total, Tensor) or total.numel() != 1:
-            shape = (
-                tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
-            )
+            shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
             raise ObjectiveError(
                 f"Expected the loss of a batch to be one number. Got {shape}. Use a"
                 " criterion with reduction='mean', or sum the terms."
             )
         count = float(count)
         if not (count >= 0 and math.isfinite(count)):
-            raise ObjectiveError(
-                f"Expected a number of loss terms of at least 0. Got {count}."
-            )
+            raise ObjectiveError(f"Expected a number of loss terms of at least 0. Got {count}.")
         return total.reshape(()), count
 
     def share(self, theta: Named, batch: Any) -> Tensor:
@@ -206,9 +200,7 @@ class Evaluator:
         return other
 
     def cast(self, tensor: Tensor) -> Tensor:
-        return (
-            tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor
-        )
+        return tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor
 
     def _snapshot_buffers(self) -> None:
         self._buffers = {n: self.cast(b).clone() for n, b in self._pristine.items()}
@@ -315,9 +307,7 @@ class Evaluator:
         is_criterion = isinstance(self.batch_loss, CriterionLoss)
         try:
             with evaluation(self.model, grad=False):
-                halves = [
-                    self.loss(theta, piece) for piece in trees.split(batch, (size + 1) // 2)
-                ]
+                halves = [self.loss(theta, piece) for piece in trees.split(batch, (size + 1) // 2)]
         except Exception as error:
             if is_criterion and isinstance(error, ObjectiveError):
                 raise
@@ -326,9 +316,7 @@ class Evaluator:
         count = sum(n for _, n in halves)
         eps = torch.finfo(self.coarsest_dtype(theta)).eps
         slack = max(1e4 * eps, 1e-9)
-        same = abs(total - whole) <= slack * (
-            abs(whole) + sum(abs(float(x)) for x, _ in halves)
-        )
+        same = abs(total - whole) <= slack * (abs(whole) + sum(abs(float(x)) for x, _ in halves))
         self.additive = same and abs(count - terms) <= 1e-6 * max(terms, 1.0)
         if is_criterion and not self.additive:
             raise ObjectiveError(

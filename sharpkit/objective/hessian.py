@@ -118,9 +118,7 @@ class HessianProducts:
         if self._streams:
 
             def one(batch: Any) -> Tensor:
-                graph = products.gradient_graph(
-                    self._loss(self._leaves, batch), self._leaves
-                )
+                graph = products.gradient_graph(self._loss(self._leaves, batch), self._leaves)
                 return products.double_backward([graph], self._leaves, V, keep=False)
 
             total += self._sum(one, V, skip=len(graphs))
@@ -165,9 +163,7 @@ class HessianProducts:
 
         self._evaluator.each(one, add, grad=True)
         if full:
-            self.mode = (
-                f"kept {len(graphs)} batches, streamed the rest" if graphs else "streamed"
-            )
+            self.mode = f"kept {len(graphs)} batches, streamed the rest" if graphs else "streamed"
             return graphs
         self._warn_unused(used)
         self.mode, self._streams = "kept", False
@@ -197,9 +193,7 @@ class HessianProducts:
             total.add_(part)
 
         self._evaluator.each(
-            lambda batch: products.flat_gradient(
-                self._loss(theta, batch), theta, self._dtype
-            )[0],
+            lambda batch: products.flat_gradient(self._loss(theta, batch), theta, self._dtype)[0],
             add,
             grad=True,
         )
@@ -250,8 +244,7 @@ class HessianProducts:
             complete = len(graph.index) == sum(graph.used)
             if not complete:  # is a gradient constant, or was its graph cut?
                 moved = {
-                    n: (t.detach() * 1.01 + 1e-3).requires_grad_()
-                    for n, t in self._leaves.items()
+                    n: (t.detach() * 1.01 + 1e-3).requires_grad_() for n, t in self._leaves.items()
                 }
                 complete = self._constant_gradients(loss_of, graph, moved)
             return HV, RESIDENT_PER_SAVED * saved.total / count, complete
@@ -274,9 +267,7 @@ class HessianProducts:
         self._bytes_per_example = max(self._bytes_per_example, per_example)
         M = (V.T @ HV).double()
         scale = (V.norm(dim=0).max() * HV.norm(dim=0).max()).double()
-        slack = min(
-            1e3 * torch.finfo(self._evaluator.coarsest_dtype(self._leaves)).eps, 0.2
-        )
+        slack = min(1e3 * torch.finfo(self._evaluator.coarsest_dtype(self._leaves)).eps, 0.2)
         if not bool((M[0, 1] - M[1, 0]).abs() <= slack * scale):
             return "its products are not symmetric"
         return None

@@ -47,9 +47,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and (
-        "out of memory" in text
-        or "not enough memory" in text
-        or "can't allocate memory" in text
+        "out of memory" in text or "not enough memory" in text or "can't allocate memory" in text
     )
 
 
@@ -96,9 +94,7 @@ def evaluation(model: nn.Module, *, grad: bool, seed: int = PASS_SEED) -> Iterat
         stack.enter_context(torch.set_grad_enabled(grad))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_no_fast_path())
-        if torch.cuda.is_available() and any(
-            isinstance(m, nn.RNNBase) for m in model.modules()
-        ):
+        if torch.cuda.is_available() and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if is_compiled(model):
             stack.enter_context(_eager())

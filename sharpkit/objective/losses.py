@@ -124,9 +124,7 @@ class CriterionLoss:
             outputs = model(*inputs)
         else:
             outputs = model(inputs)
-        if not isinstance(outputs, Tensor) and isinstance(
-            getattr(outputs, "logits", None), Tensor
-        ):
+        if not isinstance(outputs, Tensor) and isinstance(getattr(outputs, "logits", None), Tensor):
             return outputs.logits
         return outputs
 

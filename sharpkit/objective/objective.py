@@ -275,8 +275,7 @@ class Objective:
         parts = self.space.unflatten(theta.detach())
         other = copy.copy(self)
         other._leaves = {
-            n: t.to(self._leaves[n].dtype).clone().requires_grad_()
-            for n, t in parts.items()
+            n: t.to(self._leaves[n].dtype).clone().requires_grad_() for n, t in parts.items()
         }
         other._hessian = self._hessian.at(other._leaves)
         return other
@@ -290,9 +289,7 @@ class Objective:
         names = select_names(self.space.names, params)
         chosen = set(names)
         other = copy.copy(self)
-        other._leaves = {
-            n: self._leaves[n].detach().clone().requires_grad_() for n in names
-        }
+        other._leaves = {n: self._leaves[n].detach().clone().requires_grad_() for n in names}
         other.space = ParameterSpace.of(other._leaves)
         other._evaluator = self._evaluator.restrict(
             {n: t.detach() for n, t in self._leaves.items() if n not in chosen}
@@ -330,9 +327,7 @@ class Objective:
         """Return the value and the gradient ``[P]`` from one pass over the data."""
         self._tally.gradients += 1
         total = torch.zeros((), dtype=torch.float64)
-        gradient = torch.zeros(
-            self.space.dim, dtype=self.space.dtype, device=self.space.device
-        )
+        gradient = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
         used = [False] * len(self._leaves)
 
         def one(batch: Any) -> tuple[Tensor, Tensor, list[bool]]:

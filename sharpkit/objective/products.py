@@ -30,9 +30,7 @@ LossOf: TypeAlias = Callable[[Named], Tensor]
 CENTRAL_TOLERANCE = 1e-2  # relative disagreement of the two steps that is still accepted
 
 
-def flat(
-    parts: Sequence[Tensor | None], like: Sequence[Tensor], dtype: torch.dtype
-) -> Tensor:
+def flat(parts: Sequence[Tensor | None], like: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return gradients as one vector; ``None`` (an unused parameter) becomes zeros."""
     return torch.cat(
         [
@@ -58,9 +56,7 @@ def columns(V: Tensor, theta: Named) -> list[list[Tensor]]:
     ]
 
 
-def flat_gradient(
-    loss: Tensor, theta: Named, dtype: torch.dtype
-) -> tuple[Tensor, list[bool]]:
+def flat_gradient(loss: Tensor, theta: Named, dtype: torch.dtype) -> tuple[Tensor, list[bool]]:
     """Return the gradient ``[P]`` and which parameters the loss uses."""
     like = list(theta.values())
     grads = torch.autograd.grad(loss, like, allow_unused=True)
@@ -78,9 +74,7 @@ class GradientGraph:
 
 def gradient_graph(loss: Tensor, theta: Named) -> GradientGraph:
     """Differentiate once and keep the graph."""
-    grads = torch.autograd.grad(
-        loss, list(theta.values()), create_graph=True, allow_unused=True
-    )
+    grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True, allow_unused=True)
     index = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
     return GradientGraph(
         [grads[i] for i in index],
@@ -159,9 +153,7 @@ def central_difference(
     h = step / length
 
     def quotient(width: float) -> Tensor:
-        return (gradient_at(theta + width * v) - gradient_at(theta - width * v)) / (
-            2 * width
-        )
+        return (gradient_at(theta + width * v) - gradient_at(theta - width * v)) / (2 * width)
 
     near, far = quotient(h), quotient(2 * h)
     size = max(float(near.norm()), float(far.norm()))

@@ -115,9 +115,7 @@ class SymmetricOperator:
         size = getattr(operator, "size", None)
         if isinstance(shape, (tuple, torch.Size)) and len(shape) == 2:
             if shape[0] != shape[1]:
-                raise OperatorError(
-                    f"Expected a square operator. Got shape {tuple(shape)}."
-                )
+                raise OperatorError(f"Expected a square operator. Got shape {tuple(shape)}.")
             dim = int(shape[0])
         elif isinstance(size, int):
             dim = size
@@ -159,9 +157,7 @@ class SymmetricOperator:
         eye = torch.eye(self.dim, dtype=self.dtype, device=self.device)
         return torch.cat([self @ piece for piece in eye.split(block, dim=1)], dim=1)
 
-    def check_symmetric(
-        self, generator: torch.Generator, *, tolerance: float = 1e-3
-    ) -> float:
+    def check_symmetric(self, generator: torch.Generator, *, tolerance: float = 1e-3) -> float:
         """Return ``|u.Av - v.Au|`` relative to the products' size, for random u and v.
 
         Costs two products.
@@ -169,9 +165,7 @@ class SymmetricOperator:
         Raises:
             OperatorError: If it exceeds the tolerance.
         """
-        u, v = torch.randn(
-            2, self.dim, generator=generator, dtype=self.dtype, device=self.device
-        )
+        u, v = torch.randn(2, self.dim, generator=generator, dtype=self.dtype, device=self.device)
         Au, Av = self @ u, self @ v
         scale = float(u.norm() * Av.norm() + v.norm() * Au.norm())
         gap = abs(float(u @ Av) - float(v @ Au)) / scale if scale > 0 else 0.0

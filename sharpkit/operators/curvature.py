@@ -35,8 +35,6 @@ def empirical_fisher(objective: Objective) -> SymmetricOperator:
     return _operator(objective, objective.fisher_vp)
 
 
-def _operator(
-    objective: Objective, matmat: Callable[[Tensor], Tensor]
-) -> SymmetricOperator:
+def _operator(objective: Objective, matmat: Callable[[Tensor], Tensor]) -> SymmetricOperator:
     space = objective.space
     return SymmetricOperator(matmat, space.dim, dtype=space.dtype, device=space.device)

@@ -59,9 +59,7 @@ def examine(objective: Objective, *, seed: int = 0) -> list[Finding]:
     ]
     gradient, backward = _timed(objective.gradient)
     size = float(gradient.norm())
-    findings.append(
-        Finding("gradient", bool(torch.isfinite(gradient).all()), f"norm {size:.4g}")
-    )
+    findings.append(Finding("gradient", bool(torch.isfinite(gradient).all()), f"norm {size:.4g}"))
     findings.append(_gradient_by_differences(objective, gradient))
     operator = hessian(objective)
     generator = torch.Generator(objective.space.device).manual_seed(seed)
@@ -106,11 +104,7 @@ def _gradient_by_differences(objective: Objective, gradient: torch.Tensor) -> Fi
         "gradient by differences",
         best <= SLOPE_TOLERANCE,
         f"agrees to {best:.1e}"
-        + (
-            ""
-            if best <= SLOPE_TOLERANCE
-            else ": is a part of the loss detached from theta?"
-        ),
+        + ("" if best <= SLOPE_TOLERANCE else ": is a part of the loss detached from theta?"),
     )
 
 

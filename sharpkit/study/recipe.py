@@ -104,9 +104,7 @@ class Recipe:
                 model, self.names["batch_loss"], self._data, selection, dtype=dtype
             )
         else:
-            objective = Objective(
-                model, self.names["loss"], self._data, selection, dtype=dtype
-            )
+            objective = Objective(model, self.names["loss"], self._data, selection, dtype=dtype)
         return objective, origin
 
     def metadata(self, checkpoint: Path) -> dict[str, Any]:
@@ -200,6 +198,5 @@ def load_recipe(path: str | Path) -> Recipe:
 def _require_callable(path: Path, names: Mapping[str, Any], name: str) -> None:
     if not callable(names[name]):
         raise RecipeError(
-            f"Expected `{name}` in {path} to be a function."
-            f" Got {type(names[name]).__name__}."
+            f"Expected `{name}` in {path} to be a function. Got {type(names[name]).__name__}."
         )

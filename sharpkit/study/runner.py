@@ -111,15 +111,11 @@ def score_checkpoints(
                 on_score=done.append,
             )
         except KeyboardInterrupt:
-            finish(
-                CheckpointScores(checkpoint, Scores(tuple(done)), metadata, "interrupted")
-            )
+            finish(CheckpointScores(checkpoint, Scores(tuple(done)), metadata, "interrupted"))
             raise
         except (SharpkitError, RuntimeError, ArithmeticError, OSError) as failure:
             text = " ".join(str(failure).split())
-            kind = (
-                "" if isinstance(failure, SharpkitError) else f"{type(failure).__name__}: "
-            )
+            kind = "" if isinstance(failure, SharpkitError) else f"{type(failure).__name__}: "
             error = kind + text
         finish(CheckpointScores(checkpoint, Scores(tuple(done)), metadata, error))
     return results
