@@ -1,0 +1,1 @@
+"""A small real zoo: trained, scored, correlated and drawn by one command."""

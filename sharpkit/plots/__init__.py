@@ -1,0 +1,16 @@
+"""Figures from results. Functions take and return Axes, and never open a window."""
+
+from sharpkit.plots.curve import plot_slice
+from sharpkit.plots.figure import new_axes, save_figure, tidy
+from sharpkit.plots.scatter import plot_against_gap
+from sharpkit.plots.spectrum import density_on, plot_spectrum
+
+__all__ = [
+    "density_on",
+    "new_axes",
+    "plot_against_gap",
+    "plot_slice",
+    "plot_spectrum",
+    "save_figure",
+    "tidy",
+]
