@@ -148,7 +148,7 @@ class ParameterSpace:
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Return views of a vector ``[P]``, one for each parameter."""
         self.check_vector(vector)
-        pieces = torch.split(vector, self.sizes)
+        pieces = torch.split(vector, list(self.sizes))
         return {
             name: piece.view(shape)
             for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)

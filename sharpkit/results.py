@@ -143,7 +143,7 @@ def format_value(value: float, error: float | None, kind: ErrorKind = "stderr") 
         >>> format_value(1234.567, 8.9)
         '1234.6 ± 8.9'
         >>> format_value(0.000012345, 0.0000001)
-        '1.234e-05 ± 1e-07'
+        '1.2345e-05 ± 1e-07'
         >>> format_value(3.14159265, 1e-9, "rounding")
         '3.14159'
         >>> format_value(0.25, 0.01, "lower_bound")

@@ -106,9 +106,9 @@ def score(
     elif isinstance(names, str) or (
         isinstance(names, tuple) and len(names) == 2 and isinstance(names[1], Mapping)
     ):
-        requests = [names]  # type: ignore[list-item]
+        requests = [names]
     else:
-        requests = list(names)  # type: ignore[arg-type]
+        requests = list(names)
     parsed = [parse_request(request) for request in requests]
     analysis = Analysis(objective, seed=seed)
     origin = {**_provenance(objective), **(provenance or {})}

@@ -7,7 +7,7 @@ Copied beside the checkpoints, so that they can be scored again with any measure
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, nn, split
 
 from sharpkit.demo.zoo import build, digits, read_spec
 
@@ -22,7 +22,7 @@ def model(checkpoint: Path) -> nn.Module:
 def data() -> list[tuple[Tensor, Tensor]]:
     """Return the training images in batches of 300."""
     images = digits()
-    return list(zip(images.train_images.split(300), images.train_labels.split(300), strict=True))
+    return list(zip(split(images.train_images, 300), split(images.train_labels, 300), strict=True))
 
 
 def metadata(checkpoint: Path) -> dict[str, Any]:

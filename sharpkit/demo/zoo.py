@@ -171,11 +171,11 @@ def train(spec: ModelSpec, data: Digits) -> TrainedModel:
         loss, epoch = float("inf"), 0
         while epoch < spec.max_epochs and loss > TARGET_LOSS:
             epoch += 1
-            for index in torch.randperm(len(data.train_labels)).split(spec.batch_size):
+            for index in torch.split(torch.randperm(len(data.train_labels)), spec.batch_size):
                 optimizer.zero_grad()
-                F.cross_entropy(
-                    model(data.train_images[index]), data.train_labels[index]
-                ).backward()
+                outputs = model(data.train_images[index])
+                error = F.cross_entropy(outputs, data.train_labels[index])
+                error.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             if epoch % 2 == 0 or epoch == spec.max_epochs:
                 loss = _evaluate(model, data.train_images, data.train_labels)[0]

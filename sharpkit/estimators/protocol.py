@@ -40,7 +40,7 @@ def random_signs(matrix: Matrix, count: int, generator: torch.Generator) -> Tens
 def sphere_vector(matrix: Matrix, generator: torch.Generator) -> Tensor:
     """Return a uniform unit vector ``[P]``."""
     v = torch.randn(matrix.dim, generator=generator, dtype=matrix.dtype, device=matrix.device)
-    return v / v.norm()
+    return torch.nn.functional.normalize(v, dim=0)
 
 
 def check_positive(name: str, value: float, *, minimum: float | None = None) -> None:

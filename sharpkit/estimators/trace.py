@@ -80,7 +80,7 @@ def hutchinson_trace(
         checkpoint = min(2 * checkpoint, num_probes)
     # Sums of P products in the matrix's precision: no standard error is below this.
     rounding = torch.finfo(matrix.dtype).eps * math.sqrt(max(squares))
-    notes = ()
+    notes: tuple[str, ...] = ()
     if not met:
         notes = (
             f"The target error {target_error:g} was not reached with {num_probes} probes:"

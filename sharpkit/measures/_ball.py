@@ -19,7 +19,7 @@ def one_step_rise(analysis: Analysis, metric: Metric, rho: float, norm: Norm) ->
     slope = metric.unwhiten(analysis.gradient)
     delta = metric.unwhiten(rho * steepest(slope, norm))
     value = analysis.loss_at(delta)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if not bool(slope.any()):
         notes = ("The gradient is exactly zero, so the first-order worst point is theta.",)
     return Estimate(

@@ -20,6 +20,7 @@ HvpMode: TypeAlias = Literal[
 def validate(
     model: Any, dtype: torch.dtype | None, hvp_mode: str, memory_budget: int | None
 ) -> None:
+    """Raise ObjectiveError for arguments of the wrong kind."""
     if not isinstance(model, nn.Module):
         raise ObjectiveError(
             f"Expected `model` to be a torch.nn.Module. Got {type(model).__name__}. For a"
@@ -39,7 +40,8 @@ def validate(
         )
 
 
-def trainable(model: nn.Module, params: Selection) -> list[str]:
+def trainable(model: nn.Module, params: Selection, evaluated_in: torch.dtype | None) -> list[str]:
+    """Return the names of the selected parameters that are not frozen."""
     parameters = dict(model.named_parameters())
     if not parameters:
         raise ObjectiveError(f"Expected a model with parameters. {type(model).__name__} has none.")
@@ -62,10 +64,16 @@ def trainable(model: nn.Module, params: Selection) -> list[str]:
             raise ObjectiveError(
                 f"Expected real parameters. {name!r} is {dtype}. Leave it out with params=..."
             )
+        if dtype == torch.float16 and evaluated_in is None:
+            raise ObjectiveError(
+                f"Expected parameters of at least bfloat16's range. {name!r} is float16, in"
+                " which second derivatives under- and overflow. Pass dtype=torch.float32."
+            )
     return names
 
 
 def refuse_training_mode(model: nn.Module) -> None:
+    """Raise ObjectiveError if a module would act differently in training mode."""
     for name, module in model.named_modules():
         if not module.training:
             continue

@@ -200,6 +200,7 @@ class Evaluator:
         return other
 
     def cast(self, tensor: Tensor) -> Tensor:
+        """Return a tensor in the dtype to evaluate in."""
         return tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor
 
     def _snapshot_buffers(self) -> None:
@@ -342,5 +343,5 @@ class Evaluator:
 
     @staticmethod
     def coarsest_dtype(theta: Named) -> torch.dtype:
-        # The coarsest dtype decides how well two evaluations can agree.
+        """Return the dtype that decides how well two evaluations can agree."""
         return max((t.dtype for t in theta.values()), key=lambda d: torch.finfo(d).eps)

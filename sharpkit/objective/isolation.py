@@ -58,7 +58,8 @@ def preserve_rng(seed: int | None = None) -> Iterator[None]:
     Args:
         seed: Start from this seed inside; ``None`` goes on from the present states.
     """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    initialized = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    devices = list(range(torch.cuda.device_count())) if initialized else []
     with torch.random.fork_rng(devices=devices):
         python_state, numpy_state = random.getstate(), np.random.get_state()
         try:

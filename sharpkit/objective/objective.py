@@ -182,7 +182,7 @@ class Objective:
         validate(model, dtype, hvp_mode, memory_budget)
         model = unwrap(model)
         refuse_training_mode(model)
-        names = trainable(model, params)
+        names = trainable(model, params, dtype)
         device = dict(model.named_parameters())[names[0]].device
         if memory_budget is None:
             memory_budget = default_budget(device)

@@ -155,7 +155,7 @@ class SymmetricOperator:
     def to_dense(self, *, block: int = 64) -> Tensor:
         """Return the matrix ``[P, P]``, at the price of P products."""
         eye = torch.eye(self.dim, dtype=self.dtype, device=self.device)
-        return torch.cat([self @ piece for piece in eye.split(block, dim=1)], dim=1)
+        return torch.cat([self @ piece for piece in torch.split(eye, block, dim=1)], dim=1)
 
     def check_symmetric(self, generator: torch.Generator, *, tolerance: float = 1e-3) -> float:
         """Return ``|u.Av - v.Au|`` relative to the products' size, for random u and v.

@@ -90,6 +90,13 @@ def kendall(
     return Correlation(tau, float(low), float(high), p_value, n)
 
 
+def _tau_b(a: np.ndarray, b: np.ndarray) -> float:
+    # All pairs at once: for the few models of a study far faster than sorting, which counts
+    # when thousands of resamples are drawn.
+    x, y = np.sign(a[:, None] - a), np.sign(b[:, None] - b)
+    return float((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()))
+
+
 def _within(a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> np.float64:
     total, weight = 0.0, 0
     for g in np.unique(labels):
@@ -98,7 +105,7 @@ def _within(a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> np.float64:
         if n < 2 or np.ptp(a[mine]) == 0 or np.ptp(b[mine]) == 0:
             continue
         pairs = n * (n - 1) // 2
-        total += pairs * float(scipy.stats.kendalltau(a[mine], b[mine]).statistic)
+        total += pairs * _tau_b(a[mine], b[mine])
         weight += pairs
     return np.float64(total / weight if weight else np.nan)
 
