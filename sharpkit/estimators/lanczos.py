@@ -272,7 +272,6 @@ class _Search:
             generator,
         )
         self.before = matrix.num_matvecs
-        self.scale = 0.0
 
     def spent(self) -> int:
         return self.matrix.num_matvecs - self.before
@@ -296,7 +295,6 @@ class _Search:
         history: list[np.ndarray] = []
         while True:
             krylov.step()
-            self.scale = max(self.scale, krylov.scale)
             values, S, residuals = krylov.ritz()
             history.append(self._wanted(values, k))
             done = self._done(values, residuals, history, k)
@@ -397,7 +395,9 @@ class _Search:
             found.values[i] = float(torch.dot(v.double(), rest.double()))
             residual = float((rest - found.values[i] * v).norm())
             found.residuals[i] = max(found.residuals[i], residual)
-            allowed = self._allowed(found.values[i], self.scale)
+            scale = max(abs(x) for x in self.extent)
+            rounding = ROUNDING * torch.finfo(self.matrix.dtype).eps * scale
+            allowed = max(self._allowed(found.values[i], scale), rounding)
             found.converged[i] = found.converged[i] and residual <= allowed
 
     def _beyond(self, krylov: Krylov, ends: list[_Found]) -> bool:

@@ -76,12 +76,7 @@ class HessianProducts:
         if self.mode is None:
             self.mode = self._choose_mode()
         if self.mode == "forward_over_reverse":
-            return self._sum(
-                lambda batch: products.forward_over_reverse(
-                    lambda theta: self._loss(theta, batch), self._leaves, V
-                ),
-                V,
-            )
+            return self._forward_over_reverse(V)
         if self.mode == "central_difference":
             return self._central(V)
         return self._double_backward(V)
@@ -170,6 +165,23 @@ class HessianProducts:
         return graphs
 
     # -- other ways ------------------------------------------------------------------
+
+    def _forward_over_reverse(self, V: Tensor) -> Tensor:
+        def one(batch: Any) -> Tensor:
+            return products.forward_over_reverse(
+                lambda theta: self._loss(theta, batch), self._leaves, V
+            )
+
+        try:
+            return self._sum(one, V)
+        except (RuntimeError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise
+            text = " ".join(str(error).split())[:160]
+            raise ObjectiveError(
+                "Expected forward-mode derivatives of every operation of the model. One has"
+                f" none ({text}). Use hvp_mode='auto'."
+            ) from error
 
     def _central(self, V: Tensor) -> Tensor:
         like = list(self._leaves.values())
