@@ -75,10 +75,11 @@ def _scaled(model: nn.Sequential, scales: Mapping[int, Tensor]) -> nn.Sequential
     other = copy.deepcopy(model)
     with torch.no_grad():
         for i, c in scales.items():
-            here, following = other[i], other[i + 2]
-            here.weight.mul_(c[:, None])  # type: ignore[operator,union-attr]
-            here.bias.mul_(c)  # type: ignore[operator,union-attr]
-            following.weight.div_(c)  # type: ignore[operator,union-attr]
+            here: Any = other[i]
+            following: Any = other[i + 2]
+            here.weight.mul_(c[:, None])
+            here.bias.mul_(c)
+            following.weight.div_(c)
     return other
 
 
@@ -250,7 +251,7 @@ def _check_hygiene(measure: measures.Measure) -> None:
     objective = symmetric_pair("node_scale", 0)[0]
     model = objective._evaluator.model
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # type: ignore[index,union-attr]
+    states = _random_states()
     first, again = _measure(name, objective, 3), _measure(name, objective, 3)
     others = [n for n in measures.names() if n != name]
     beside = score(objective, [*others, name], seed=3)[name].estimate
@@ -258,20 +259,24 @@ def _check_hygiene(measure: measures.Measure) -> None:
         assert other.value == first.value and other.probe_error == first.probe_error, (
             f"{name}: the same seed gave {first} and {other}"
         )
-    assert torch.equal(states[0], torch.get_rng_state()), f"{name}: torch's random state moved"
-    assert states[1] == random.getstate(), f"{name}: Python's random state moved"
-    assert (states[2] == np.random.get_state()[1]).all(), f"{name}: NumPy's random state moved"  # type: ignore[index]
+    assert states == _random_states(), f"{name}: a global random state moved"
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters()), f"{name}: .grad was written"
     assert first.probe_error is not None and first.probe_error >= 0
     assert math.isfinite(first.value)
     json.loads(score(objective, [name]).to_json())
-    for bad in ({"no_such_setting": 1}, *({key: object()} for key in measure.settings)):
+    wrong: list[dict[str, Any]] = [{key: object()} for key in measure.settings]
+    for bad in [{"no_such_setting": 1}, *wrong]:
         try:
             measure.complete(bad)
         except SettingsError:
             continue
         raise AssertionError(f"{name}: the settings {bad} were accepted")
+
+
+def _random_states() -> tuple[Any, ...]:
+    numpy_state: Any = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), numpy_state[1].tolist()
 
 
 def _check_degree(measure: measures.Measure) -> None:

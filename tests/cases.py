@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,19 +138,26 @@ class Case:
     def dense(self, objective: sk.Objective) -> tuple[Tensor, Tensor, Tensor]:
         """Return L, g and H from torch.func alone."""
         loss, theta = self.loss(objective), objective.theta
-        with sdpa_kernel(SDPBackend.MATH):
+        with oracle():
             # Not torch.func.hessian: its nested vmap is wrong by 10% for
             # nn.TransformerEncoderLayer in torch 2.13, as differences of the gradient show.
-            H = torch.func.jacfwd(torch.func.grad(loss))(theta)
+            H = torch.func.jacrev(torch.func.grad(loss))(theta)
             g = torch.func.grad(loss)(theta)
         return loss(theta).detach(), g.detach(), H.detach()
 
     def torch_hessian(self, objective: sk.Objective) -> Tensor:
         """Return H from torch.func.hessian."""
-        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-            # torch.func.hessian calls torch.jit.script, which warns of its own deprecation.
-            warnings.simplefilter("ignore", DeprecationWarning)
+        with oracle():
             return torch.func.hessian(self.loss(objective))(objective.theta).detach()
+
+
+@contextmanager
+def oracle():
+    """Let torch.func differentiate attention, and hear nothing of torch.jit."""
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        # Forward-mode transforms call torch.jit.script, which warns of its own deprecation.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 X, Y = normal(11, 4), classes(3, 11)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sharpkit.estimators.lanczos import Krylov, tridiagonal
+from sharpkit.estimators.krylov import Krylov, tridiagonal
 from sharpkit.estimators.protocol import Matrix, check_positive
 from sharpkit.results import Cost, Spectrum
 

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
 from sharpkit.errors import SettingsError
-from sharpkit.estimators.protocol import Matrix, check_positive, sphere_vector
+from sharpkit.estimators.krylov import ROUNDING, Krylov, unseen_share
+from sharpkit.estimators.protocol import Matrix, check_positive
 
-__all__ = ["Eigenpairs", "Krylov", "Which", "lanczos", "tridiagonal", "unseen_share"]
+__all__ = ["Eigenpairs", "Which", "distinct_errors", "lanczos"]
 
 Which: TypeAlias = Literal["both", "largest", "smallest"]
 
 SMALL_SHARE = 0.05  # an eigenvalue below this share of the largest is "small"
 STAGNATION_STEPS = 5
-ROUNDING = 10  # products are wrong by a few eps of the matrix's norm
+FEWEST_STEPS = 8  # of a second start, before it may say that nothing was missed
 
 
 @dataclass(frozen=True)
@@ -69,114 +69,6 @@ class Eigenpairs:
         """Whether every pair converged and a second start did not object."""
         checked = self.second_start in ("agreed", "found more", "not needed")
         return checked and all(self.largest_converged) and all(self.smallest_converged)
-
-
-class Krylov:
-    """One Lanczos run with full reorthogonalization, orthogonal to locked vectors."""
-
-    def __init__(self, matrix: Matrix, generator: torch.Generator, locked: Tensor | None):
-        self.matrix, self.generator, self.locked = matrix, generator, locked
-        self.alphas: list[float] = []
-        self.betas: list[float] = []  # betas[j] couples j and j+1
-        self.basis = torch.empty(0, matrix.dim, dtype=matrix.dtype, device=matrix.device)
-        self.exhausted = False
-        self.scale = 0.0
-        self._next: Tensor | None = self._fresh()
-
-    @property
-    def size(self) -> int:
-        """Steps done."""
-        return len(self.alphas)
-
-    def _room(self) -> None:
-        if self.size == len(self.basis):  # grow by half: amortised, no large first bite
-            grown = torch.empty(
-                min(max(16, len(self.basis) * 3 // 2), self.matrix.dim),
-                self.matrix.dim,
-                dtype=self.matrix.dtype,
-                device=self.matrix.device,
-            )
-            grown[: self.size] = self.basis[: self.size]
-            self.basis = grown
-
-    def _orthogonalize(self, w: Tensor) -> Tensor:
-        for _ in range(2):  # "twice is enough"
-            V = self.basis[: self.size]
-            w = w - V.T @ (V @ w)
-            if self.locked is not None:
-                w = w - self.locked @ (self.locked.T @ w)
-        return w
-
-    def _fresh(self) -> Tensor | None:
-        taken = self.size + (0 if self.locked is None else self.locked.shape[1])
-        if taken >= self.matrix.dim:
-            return None
-        for _ in range(5):
-            w = self._orthogonalize(sphere_vector(self.matrix, self.generator))
-            length = float(w.norm())
-            if length > 1e-3 / math.sqrt(self.matrix.dim):
-                return self._orthogonalize(w / length)
-        return None
-
-    def step(self) -> None:
-        """Add one vector; sets ``exhausted`` when none is left."""
-        if self._next is None:
-            self.exhausted = True
-            return
-        v = self._next / self._next.norm()
-        self._room()
-        w = self.matrix @ v
-        alpha = float(torch.dot(v.double(), w.double()))
-        self.basis[self.size] = v
-        self.alphas.append(alpha)
-        w = self._orthogonalize(w)
-        beta = float(w.norm())
-        self.scale = max(self.scale, abs(alpha) + beta + (self.betas[-1] if self.betas else 0))
-        eps = torch.finfo(self.matrix.dtype).eps
-        if beta > ROUNDING * eps * max(self.scale, torch.finfo(self.matrix.dtype).tiny):
-            self.betas.append(beta)
-            self._next = w
-        else:  # an invariant subspace: go on from a new random vector
-            self.betas.append(0.0)
-            self._next = self._fresh()
-            self.exhausted = self._next is None
-
-    def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return Ritz values (ascending), coefficient vectors and residuals."""
-        values, vectors = tridiagonal(self.alphas, self.betas[:-1])
-        return values, vectors, abs(self.betas[-1] * vectors[-1])
-
-    def vectors(self, coefficients: np.ndarray) -> Tensor:
-        """Return Ritz vectors ``[P, j]`` for columns of coefficients."""
-        S = torch.as_tensor(coefficients, dtype=self.matrix.dtype, device=self.matrix.device)
-        return self.basis[: self.size].T @ S
-
-
-def tridiagonal(alphas: list[float], betas: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return eigenvalues (ascending) and eigenvectors of a symmetric tridiagonal matrix.
-
-    Example:
-        >>> tridiagonal([2.0, 2.0], [1.0])[0].tolist()
-        [1.0, 3.0]
-    """
-    if len(alphas) == 1:
-        return np.array(alphas), np.ones((1, 1))
-    return scipy.linalg.eigh_tridiagonal(np.array(alphas), np.array(betas))
-
-
-def unseen_share(dim: int, steps: int, failure_probability: float) -> float:
-    r"""Return the share of the spectrum's width that may lie beyond the Ritz values.
-
-    From a uniform random start, after k steps the relative error exceeds
-    :math:`\epsilon` with probability at most
-    :math:`1.648\sqrt{n}\,e^{-\sqrt\epsilon(2k-1)}` (Kuczynski and Wozniakowski 1992,
-    doi:10.1137/0613066); solved for :math:`\epsilon`. 1 or more means: nothing known.
-
-    Example:
-        >>> round(unseen_share(10**8, 84, 1e-3), 4)
-        0.0099
-    """
-    return float((math.log(1.648 * math.sqrt(dim) / failure_probability) / (2 * steps - 1)) ** 2)
 
 
 def lanczos(
@@ -237,20 +129,44 @@ def lanczos(
 
 
 @dataclass
-class _Found:
+class _End:
     # Pairs at one end, outermost first; sign is +1 for the largest, -1 for the smallest.
     sign: int
     values: list[float]
     vectors: Tensor
-    residuals: list[float]
+    errors: list[float]
     converged: list[bool]
 
-    def keep(self, k: int) -> None:
-        order = sorted(range(len(self.values)), key=lambda i: -self.sign * self.values[i])[:k]
-        self.values = [self.values[i] for i in order]
-        self.residuals = [self.residuals[i] for i in order]
-        self.converged = [self.converged[i] for i in order]
-        self.vectors = self.vectors[:, order]
+
+def distinct_errors(values: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+    """Return errors within which as many eigenvalues lie as there are values.
+
+    A residual alone says that *an* eigenvalue is near; two pairs may mean the same one.
+    For orthonormal vectors with residual matrix R as many eigenvalues as vectors lie within
+    ``||R||`` (Kahan 1967), so pairs whose intervals meet share the norm of their residuals.
+
+    Args:
+        values: Ritz values, ascending.
+        residuals: Their residuals.
+
+    Example:
+        >>> distinct_errors(np.array([1.0, 1.5, 9.0]), np.array([0.3, 0.4, 0.1])).tolist()
+        [0.5, 0.5, 0.1]
+    """
+    groups: list[list[int]] = []
+    for i in range(len(values)):
+        groups.append([i])
+        while len(groups) > 1:
+            above, below = groups[-1], groups[-2]
+            reach = np.linalg.norm(residuals[above]) + np.linalg.norm(residuals[below])
+            if values[above[0]] - values[below[-1]] > reach:
+                break
+            groups[-2:] = [below + above]
+    errors = residuals.copy()
+    for group in groups:
+        if len(group) > 1:
+            errors[group] = np.linalg.norm(residuals[group])
+    return errors
 
 
 class _Search:
@@ -272,158 +188,182 @@ class _Search:
             generator,
         )
         self.before = matrix.num_matvecs
+        self.low, self.high = math.inf, -math.inf  # the Ritz values' extent
+        self.floor = 0.0  # rounding level of values
 
     def spent(self) -> int:
         return self.matrix.num_matvecs - self.before
 
     def run(self) -> Eigenpairs:
         krylov = Krylov(self.matrix, self.generator, None)
-        ends = self._iterate(krylov, self.k, self.budget)
-        steps = krylov.size
-        values = krylov.ritz()[0]
-        self.extent = [float(values[0]), float(values[-1])]
-        if krylov.exhausted and steps == self.matrix.dim:
+        ends = self._first_start(krylov)
+        if krylov.size == self.matrix.dim:
             second = "not needed"
         elif all(all(end.converged) for end in ends):
-            second = self._second_starts(ends, steps)
+            ends, second = self._second_starts(ends, krylov.size)
         else:
             second = "not run"
-        return self._result(ends, steps, second)
+        return self._result(ends, krylov.size, second)
 
-    def _iterate(self, krylov: Krylov, k: int, budget: int) -> list[_Found]:
+    def _ritz(self, krylov: Krylov) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        values, S, residuals = krylov.ritz()
+        self.low, self.high = min(self.low, values[0]), max(self.high, values[-1])
+        self.floor = max(self.floor, krylov.floor())
+        return values, S, residuals
+
+    def _allowed(self, values: np.ndarray) -> np.ndarray:
+        scale = max(abs(self.low), abs(self.high))
+        return np.maximum(self.tol * np.maximum(abs(values), SMALL_SHARE * scale), self.floor)
+
+    # -- the first start -------------------------------------------------------------
+
+    def _first_start(self, krylov: Krylov) -> list[_End]:
         # Lanczos steps until k pairs at each end converged, or no step is left.
         history: list[np.ndarray] = []
         while True:
             krylov.step()
-            values, S, residuals = krylov.ritz()
-            history.append(self._wanted(values, k))
-            done = self._done(values, residuals, history, k)
-            if krylov.exhausted or self.spent() >= budget or all(all(d) for d in done):
-                break
-        floor = ROUNDING * torch.finfo(self.matrix.dtype).eps * max(abs(values[0]), abs(values[-1]))
-        residuals = self._blurred(values, residuals)
-        ends = []
-        for sign, flags in zip(self.signs, done, strict=True):
-            index = self._order(values, sign)[:k]
-            ends.append(
-                _Found(
-                    sign,
-                    [float(values[i]) for i in index],
-                    krylov.vectors(S[:, index]),
-                    [float(max(residuals[i], floor)) for i in index],
-                    [bool(f or krylov.exhausted) for f in flags],
-                )
+            values, S, residuals = self._ritz(krylov)
+            history.append(values)
+            errors = [self._errors(s, values, residuals, history, krylov) for s in self.signs]
+            done = all(
+                len(e) == self.k and bool((e <= self._allowed(self._outer(s, values))).all())
+                for s, e in zip(self.signs, errors, strict=True)
             )
+            if krylov.exhausted or self.spent() >= self.budget or done:
+                break
+        ends = []
+        for sign, e in zip(self.signs, errors, strict=True):
+            kept = self._outer(sign, values)
+            met = (e <= self._allowed(kept)) & (len(kept) == self.k)
+            plain = np.maximum(self._outer(sign, residuals), self.floor)
+            stated = np.where(np.isfinite(e), e, plain)
+            vectors = krylov.vectors(self._outer(sign, S.T).T)
+            ends.append(_End(sign, kept.tolist(), vectors, stated.tolist(), met.tolist()))
         return ends
 
-    @staticmethod
-    def _blurred(values: np.ndarray, residuals: np.ndarray) -> np.ndarray:
-        # Where the intervals of neighbours overlap, one eigenvalue may have been missed
-        # between them: the error is then the width of the union, not of one interval.
-        wide = residuals.copy()
-        for i in range(len(values) - 1):
-            gap = values[i + 1] - values[i]
-            reach = residuals[i] + residuals[i + 1]
-            if gap < reach:
-                wide[i] = max(wide[i], gap + reach)
-                wide[i + 1] = max(wide[i + 1], gap + reach)
-        return wide
+    def _outer(self, sign: int, ascending: np.ndarray) -> np.ndarray:
+        # The k outermost of an end, outermost first.
+        return ascending[::-1][: self.k] if sign > 0 else ascending[: self.k]
 
-    @staticmethod
-    def _order(values: np.ndarray, sign: int) -> list[int]:
-        return list(range(len(values)))[:: -1 if sign > 0 else 1]
+    def _errors(
+        self,
+        sign: int,
+        values: np.ndarray,
+        residuals: np.ndarray,
+        history: list[np.ndarray],
+        krylov: Krylov,
+    ) -> np.ndarray:
+        # Outermost first; inf while it is not known whether a value stands still.
+        v, r = self._outer(sign, values), self._outer(sign, residuals)
+        errors = np.maximum(distinct_errors(v[::-sign], r[::-sign])[::-sign], self.floor)
+        if krylov.exhausted:
+            return errors
+        drift = np.full(len(v), math.inf)
+        if len(history) > STAGNATION_STEPS:
+            past = self._outer(sign, history[-1 - STAGNATION_STEPS])
+            drift[: len(past)] = abs(v[: len(past)] - past)
+        return np.maximum(errors, drift)
 
-    def _wanted(self, values: np.ndarray, k: int) -> np.ndarray:
-        return np.concatenate([values[self._order(values, sign)[:k]] for sign in self.signs])
+    # -- the second start ------------------------------------------------------------
 
-    def _allowed(self, value: float, scale: float) -> float:
-        return self.tol * max(abs(value), SMALL_SHARE * scale)
-
-    def _done(
-        self, values: np.ndarray, residuals: np.ndarray, history: list[np.ndarray], k: int
-    ) -> list[list[bool]]:
-        scale = max(abs(values[0]), abs(values[-1]))
-        rounding = ROUNDING * torch.finfo(self.matrix.dtype).eps * scale
-        done = []
-        for which, sign in enumerate(self.signs):
-            flags = []
-            for place, i in enumerate(self._order(values, sign)[:k]):
-                allowed = max(self._allowed(values[i], scale), rounding)
-                still = False
-                if len(history) > STAGNATION_STEPS:
-                    past = history[-1 - STAGNATION_STEPS]
-                    if len(past) == len(history[-1]):
-                        drift = abs(past[which * k + place] - values[i])
-                        still = drift <= allowed
-                flags.append(bool(residuals[i] <= allowed) and still)
-            done.append(flags + [False] * (min(k, self.matrix.dim) - len(flags)))
-        return done
-
-    def _second_starts(self, ends: list[_Found], steps: int) -> str:
+    def _second_starts(self, ends: list[_End], steps: int) -> tuple[list[_End], str]:
         # Look for what the first start could not see, such as repeated eigenvalues.
         outcome = "agreed"
         while True:
-            locked = torch.linalg.qr(torch.cat([end.vectors for end in ends], dim=1))[0]
+            locked = _orthonormal([end.vectors for end in ends])
             if locked.shape[1] >= self.matrix.dim:
-                return outcome
+                return ends, outcome
             krylov = Krylov(self.matrix, self.generator, locked)
-            for _ in range(max(8, (steps + 1) // 2)):
-                if krylov.exhausted:
-                    break
-                if self.spent() >= self.budget:
-                    return "not run"
-                krylov.step()
-            if krylov.size == 0 or not self._beyond(krylov, ends):
-                return outcome
+            if krylov.exhausted:
+                return ends, outcome
+            finished = self._search_beyond(krylov, ends, max(FEWEST_STEPS, (steps + 1) // 2))
+            if not finished:
+                return ends, "not run"
+            values, S, residuals = self._ritz(krylov)
+            beyond = self._beyond(values, ends) & (residuals <= self._allowed(values))
+            if not beyond.any():
+                self._doubt(values, residuals, ends)
+                return ends, outcome
             outcome = "found more"
-            found = self._iterate(krylov, 1, self.budget)
-            for end, new in zip(ends, found, strict=True):
-                self._measure_residuals(new)
-                end.values += new.values
-                end.vectors = torch.cat([end.vectors, new.vectors], dim=1)
-                end.residuals += new.residuals
-                end.converged += new.converged
-                end.keep(self.k)
-            if self.spent() >= self.budget:
-                return "not run"
+            Y = _orthonormal([locked, krylov.vectors(S[:, beyond])])
+            if self.spent() + Y.shape[1] > self.budget:
+                return ends, "not run"
+            ends = self._rotate(Y)
+            if not all(all(end.converged) for end in ends):
+                return ends, outcome
 
-    def _measure_residuals(self, found: _Found) -> None:
-        # The second run does not see the part of A v along the locked vectors, which are
-        # exact only to their own residuals: one product each tells the whole residual.
-        for i, v in enumerate(found.vectors.unbind(dim=1)):
-            rest = self.matrix @ v
-            found.values[i] = float(torch.dot(v.double(), rest.double()))
-            residual = float((rest - found.values[i] * v).norm())
-            found.residuals[i] = max(found.residuals[i], residual)
-            scale = max(abs(x) for x in self.extent)
-            rounding = ROUNDING * torch.finfo(self.matrix.dtype).eps * scale
-            allowed = max(self._allowed(found.values[i], scale), rounding)
-            found.converged[i] = found.converged[i] and residual <= allowed
-
-    def _beyond(self, krylov: Krylov, ends: list[_Found]) -> bool:
-        values = krylov.ritz()[0]
-        self.extent = [
-            min(self.extent[0], float(values[0])),
-            max(self.extent[1], float(values[-1])),
-        ]
-        scale = max(abs(x) for x in self.extent)
+    def _beyond(self, values: np.ndarray, ends: list[_End]) -> np.ndarray:
+        flags = np.zeros(len(values), dtype=bool)
         for end in ends:
-            innermost, outermost = end.values[-1], values[-1 if end.sign > 0 else 0]
-            if end.sign * (outermost - innermost) > self._allowed(innermost, scale):
-                return True
-        return False
+            flags |= end.sign * (values - end.values[-1]) > end.errors[-1]
+        return flags
 
-    def _result(self, ends: list[_Found], steps: int, second: str) -> Eigenpairs:
-        low, high = self.extent
-        if second == "not needed":
-            upper, lower = high, low
-        else:
+    def _search_beyond(self, krylov: Krylov, ends: list[_End], fewest: int) -> bool:
+        # Steps until each end is clear (what it would still grow does not reach the pairs
+        # found) or its outermost pair stands still; False if the budget ends before.
+        history: list[np.ndarray] = []
+        while not krylov.exhausted:
+            if self.spent() >= self.budget:
+                return False
+            krylov.step()
+            values, _, residuals = self._ritz(krylov)
+            history.append(values)
+            m = len(history)
+            if m < FEWEST_STEPS:
+                continue
+            half, past = history[m // 2 - 1], history[-1 - STAGNATION_STEPS]
+            finished = True
+            for end in ends:
+                i = -1 if end.sign > 0 else 0
+                growth, drift = abs(values[i] - half[i]), abs(values[i] - past[i])
+                gap = end.sign * (end.values[-1] - values[i])
+                settled = max(residuals[i], drift) <= self._allowed(values)[i]
+                clear = m >= fewest and gap > growth
+                finished &= bool(settled or clear)
+            if finished:
+                return True
+        return True
+
+    def _doubt(self, values: np.ndarray, residuals: np.ndarray, ends: list[_End]) -> None:
+        # A pair beside the innermost one, and within its own error beyond it: say so.
+        for end in ends:
+            i = -1 if end.sign > 0 else 0
+            gap = abs(end.values[-1] - values[i])
+            if gap > residuals[i] + end.errors[-1]:
+                continue
+            reach = values[i] + end.sign * residuals[i]
+            end.errors = [
+                max(e, float(end.sign * (reach - v)))
+                for v, e in zip(end.values, end.errors, strict=True)
+            ]
+
+    def _rotate(self, Y: Tensor) -> list[_End]:
+        # Rayleigh-Ritz with explicit products: eigenvalues, vectors and true residuals.
+        AY = self.matrix @ Y
+        M = (Y.T @ AY).double().cpu().numpy()
+        values, S = np.linalg.eigh((M + M.T) / 2)
+        rotation = torch.as_tensor(S, dtype=Y.dtype, device=Y.device)
+        X = Y @ rotation
+        scale = torch.as_tensor(values, dtype=Y.dtype, device=Y.device)
+        residuals = (AY @ rotation - X * scale).norm(dim=0).double().cpu().numpy()
+        ends = []
+        for sign in self.signs:
+            v, r = self._outer(sign, values), self._outer(sign, residuals)
+            e = np.maximum(distinct_errors(v[::-sign], r[::-sign])[::-sign], self.floor)
+            index = self._outer(sign, np.arange(len(values))).tolist()
+            met = (e <= self._allowed(v)).tolist()
+            ends.append(_End(sign, v.tolist(), X[:, index], e.tolist(), met))
+        return ends
+
+    def _result(self, ends: list[_End], steps: int, second: str) -> Eigenpairs:
+        low, high = self.low - self.floor, self.high + self.floor
+        if second != "not needed":
             share = unseen_share(self.matrix.dim, steps, self.probability / 2)
             # Each end may miss a share of the true width W: W (1 - 2 share) <= high - low.
-            width = (high - low) / (1 - 2 * share) if share < 0.5 else math.inf
-            missed = share * width if math.isfinite(width) else math.inf
-            upper, lower = high + missed, low - missed
-        empty = _Found(0, [], torch.empty(self.matrix.dim, 0), [], [])
+            missed = share * (high - low) / (1 - 2 * share) if share < 0.5 else math.inf
+            low, high = low - missed, high + missed
+        nothing = torch.empty(self.matrix.dim, 0, dtype=self.matrix.dtype)
+        empty = _End(0, [], nothing, [], [])
         by_sign = {end.sign: end for end in ends}
         top, bottom = by_sign.get(1, empty), by_sign.get(-1, empty)
         return Eigenpairs(
@@ -431,14 +371,21 @@ class _Search:
             smallest=tuple(bottom.values),
             largest_vectors=top.vectors,
             smallest_vectors=bottom.vectors,
-            largest_residuals=tuple(top.residuals),
-            smallest_residuals=tuple(bottom.residuals),
+            largest_residuals=tuple(top.errors),
+            smallest_residuals=tuple(bottom.errors),
             largest_converged=tuple(top.converged),
             smallest_converged=tuple(bottom.converged),
-            upper_bound=upper,
-            lower_bound=lower,
+            upper_bound=float(high),
+            lower_bound=float(low),
             failure_probability=self.probability,
             second_start=second,
             num_steps=steps,
             num_matvecs=self.spent(),
         )
+
+
+def _orthonormal(blocks: list[Tensor]) -> Tensor:
+    # An orthonormal basis; directions that came twice count once.
+    Y = torch.cat(blocks, dim=1)
+    U, sizes, _ = torch.linalg.svd(Y, full_matrices=False)
+    return U[:, sizes > 0.5]

@@ -58,14 +58,12 @@ def as_batches(data: Any) -> Iterable[Any]:
         data, torch.utils.data.IterableDataset
     ):
         return torch.utils.data.DataLoader(data, batch_size=DATASET_BATCH_SIZE)
-    try:
-        iterator = iter(data)
-    except TypeError:
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise ObjectiveError(
             "Expected an iterable of batches such as a DataLoader or a list of (inputs,"
             f" targets). Got {type(data).__name__}."
-        ) from None
-    if iterator is data:
+        )
+    if hasattr(data, "__next__"):
         raise ObjectiveError(
             "Expected data that can be read many times. Got a one-shot iterator"
             f" ({type(data).__name__}). Pass list(...) of it, or the DataLoader itself."
@@ -132,6 +130,7 @@ def move(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     """Return the batch on a device, its floating tensors in a dtype if one is given."""
 
     def moved(t: Tensor) -> Tensor:
+        t = t.clone() if t.is_inference() else t  # autograd cannot save inference tensors
         return t.to(device, dtype if dtype and t.is_floating_point() else t.dtype)
 
     known = (Tensor, Mapping, UserDict, tuple, list, str, bytes, int, float, type(None))

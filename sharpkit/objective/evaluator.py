@@ -227,7 +227,7 @@ class Evaluator:
         if self.num_batches == 0:
             raise ObjectiveError(
                 "Expected data with at least one batch. Got none. Is the loader empty"
-                " (drop_last on a small data set), or the path wrong?"
+                " (drop_last on a small data set), or the path wrong? Look at len(list(data))."
             )
         self.fingerprint = f"{marks:032x}"
         if check:
@@ -279,16 +279,19 @@ class Evaluator:
 
     def _check_first(self, theta: Named, batch: Any) -> None:
         # Deterministic? A second evaluation from another random state must be the same.
-        losses = []
-        for seed in (CHECK_SEED, CHECK_SEED + 1):
-            with evaluation(self.model, grad=False, seed=seed):
-                try:
-                    loss, terms = self._first(theta, batch)
-                except Exception as error:
-                    if not is_out_of_memory(error) or (trees.batch_size(batch) or 0) < 2:
-                        raise
-                    return  # too large for a check in one piece; the pass will cut it
-            losses.append(float(loss.double()))
+        while True:
+            try:
+                losses = []
+                for seed in (CHECK_SEED, CHECK_SEED + 1):
+                    with evaluation(self.model, grad=False, seed=seed):
+                        loss, terms = self._first(theta, batch)
+                    losses.append(float(loss.double()))
+                break
+            except Exception as error:
+                size = trees.batch_size(batch) or 0
+                if not is_out_of_memory(error) or size < 2:
+                    raise
+            batch = trees.split(batch, (size + 1) // 2)[0]  # a part of it tells as much
         first, second = losses
         slack = 100 * torch.finfo(self.coarsest_dtype(theta)).eps * max(abs(first), 1e-30)
         if abs(first - second) > slack:
@@ -302,7 +305,7 @@ class Evaluator:
     def _check_additive(self, theta: Named, batch: Any, whole: float, terms: float) -> None:
         # The loss of a batch must be a sum over its examples: halves must add up.
         size = trees.batch_size(batch) or 0
-        if size < 2:
+        if size < 2 or not math.isfinite(whole):  # the latter is refused with its own words
             self.additive = True
             return
         is_criterion = isinstance(self.batch_loss, CriterionLoss)

@@ -196,9 +196,9 @@ class Objective:
             check=check,
         )
         parameters = dict(model.named_parameters())
-        start = {n: self._evaluator.cast(parameters[n].detach()).clone() for n in names}
+        start = {n: self._evaluator.cast(parameters[n].detach()) for n in names}
         self.space = ParameterSpace.of(start)
-        self._leaves = {n: t.requires_grad_() for n, t in start.items()}
+        self._leaves = _leaves(start)
         self._tally = _Tally()
         self._started = time.perf_counter()
         self._warned_unused = False
@@ -274,9 +274,7 @@ class Objective:
         """
         parts = self.space.unflatten(theta.detach())
         other = copy.copy(self)
-        other._leaves = {
-            n: t.to(self._leaves[n].dtype).clone().requires_grad_() for n, t in parts.items()
-        }
+        other._leaves = _leaves({n: t.to(self._leaves[n].dtype) for n, t in parts.items()})
         other._hessian = self._hessian.at(other._leaves)
         return other
 
@@ -289,7 +287,7 @@ class Objective:
         names = select_names(self.space.names, params)
         chosen = set(names)
         other = copy.copy(self)
-        other._leaves = {n: self._leaves[n].detach().clone().requires_grad_() for n in names}
+        other._leaves = _leaves({n: self._leaves[n].detach() for n in names})
         other.space = ParameterSpace.of(other._leaves)
         other._evaluator = self._evaluator.restrict(
             {n: t.detach() for n, t in self._leaves.items() if n not in chosen}
@@ -306,6 +304,7 @@ class Objective:
 
     # -- values and gradients --------------------------------------------------------
 
+    @torch.inference_mode(False)  # sums must not become inference tensors
     def value(self) -> Tensor:
         """Return ``L(theta)``, a float64 scalar; it may be inf or NaN away from the start."""
         self._tally.forwards += 1
@@ -323,6 +322,7 @@ class Objective:
         """Return the gradient of L, shape ``[P]``."""
         return self.value_and_gradient()[1]
 
+    @torch.inference_mode(False)
     def value_and_gradient(self) -> tuple[Tensor, Tensor]:
         """Return the value and the gradient ``[P]`` from one pass over the data."""
         self._tally.gradients += 1
@@ -344,6 +344,7 @@ class Objective:
         self._warn_unused(used)
         return total, gradient
 
+    @torch.inference_mode(False)
     def per_example_gradients(self) -> Tensor:
         """Return the gradient of each example, ``[num_examples, P]``; their mean is g.
 
@@ -380,6 +381,7 @@ class Objective:
 
     # -- curvature products ----------------------------------------------------------
 
+    @torch.inference_mode(False)
     def hvp(self, vectors: Tensor) -> Tensor:
         """Return the Hessian times a vector ``[P]`` or the columns of a matrix ``[P, K]``.
 
@@ -392,6 +394,7 @@ class Objective:
         total = self._hessian(V)
         return total if vectors.ndim == 2 else total[:, 0]
 
+    @torch.inference_mode(False)
     def ggnvp(self, vectors: Tensor) -> Tensor:
         r"""Return the generalised Gauss-Newton matrix times ``[P]`` or ``[P, K]``.
 
@@ -449,6 +452,7 @@ class Objective:
         self._evaluator.each(one, add, grad=True)
         return total if vectors.ndim == 2 else total[:, 0]
 
+    @torch.inference_mode(False)
     def fisher_vp(self, vectors: Tensor) -> Tensor:
         r"""Return the empirical Fisher matrix times ``[P]`` or ``[P, K]``.
 
@@ -488,6 +492,9 @@ class Objective:
                 " with .to(objective.space.device)."
             )
         V = vectors.detach().to(self.space.dtype)
+        if V.is_inference():  # autograd cannot save it
+            with torch.inference_mode(False):
+                V = V.clone()
         return V if V.ndim == 2 else V[:, None]
 
     def _warn_unused(self, used: list[bool]) -> None:
@@ -502,3 +509,9 @@ class Objective:
             SharpkitWarning,
             stacklevel=3,
         )
+
+
+def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # Copies to differentiate by, also when made inside torch.inference_mode.
+    with torch.inference_mode(False), torch.no_grad():
+        return {n: t.clone().requires_grad_() for n, t in tensors.items()}
