@@ -128,7 +128,7 @@ def broken_files(folder):
     nan = {k: v.clone() for k, v in good.items()}
     nan["0.weight"][0, 0] = float("nan")
     whole = save(good, folder / "whole.pt").read_bytes()
-    files = {
+    return {
         "does not exist": folder / "none.pt",
         "is a folder": folder,
         "is empty": _write(folder / "empty.pt", b""),
@@ -148,7 +148,6 @@ def broken_files(folder):
         ),
         "of another shape: 2.weight (3, 4) for (2, 4)": save(narrow, folder / "narrow.pt"),
     }
-    return files
 
 
 def _write(path, content):

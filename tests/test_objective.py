@@ -1,5 +1,7 @@
 """The objective's numbers against torch.func, on the whole case matrix."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -191,7 +193,7 @@ def test_linear_and_symmetric(seed, a, b):
 @given(cuts=st.lists(st.integers(1, 10), max_size=4, unique=True))
 def test_any_split(cuts):
     edges = [0, *sorted(cuts), 11]
-    batches = [(X[i:j], Y[i:j]) for i, j in zip(edges[:-1], edges[1:], strict=True)]
+    batches = [(X[i:j], Y[i:j]) for i, j in itertools.pairwise(edges)]
     objective = sk.Objective(seeded(mlp), F.cross_entropy, batches)
     v = torch.linspace(-1, 1, objective.space.dim, dtype=torch.float64)
     assert torch.allclose(objective.hvp(v), OBJECTIVE.hvp(v), rtol=1e-10, atol=1e-13)

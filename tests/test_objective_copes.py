@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, X, Y, SelfAttention, TiedModel, mlp, normal, seeded
+from cases import CASES, SelfAttention, TiedModel, X, Y, mlp, normal, seeded
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -215,7 +215,7 @@ def test_parameter_space_refuses_what_does_not_fit():
     space = build().space
     parts = space.unflatten(torch.arange(83.0))
     assert torch.equal(space.flatten(parts), torch.arange(83.0).double())
-    with pytest.raises(ShapeError, match="Missing: \\['0.bias'\\]"):
+    with pytest.raises(ShapeError, match=r"Missing: \['0\.bias'\]"):
         space.flatten({n: t for n, t in parts.items() if n != "0.bias"})
-    with pytest.raises(ShapeError, match="Expected '0.bias' of shape"):
+    with pytest.raises(ShapeError, match=r"Expected '0\.bias' of shape"):
         space.flatten({**parts, "0.bias": normal(2)})
