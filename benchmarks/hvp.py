@@ -1,6 +1,6 @@
 """What one Hessian-vector product costs, in gradients of the same batch, beside the peers.
 
-    python benchmarks/hvp.py [--quick] [--repeats N] [--models mlp,cnn,resnet,vit,bert] [--json FILE]
+    python benchmarks/hvp.py [--quick] [--repeats N] [--models mlp,cnn,...] [--json FILE]
 
 One thread, float32, process CPU time. In every repeat each method runs once, in turn, with
 the plain gradient (forward and backward by torch.autograd.grad, nothing of sharpkit) among

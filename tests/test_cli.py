@@ -282,7 +282,7 @@ def test_a_full_pickle_with_consent(broken, capsys):
 
 
 def test_debug_shows_the_traceback(folder):
-    with pytest.raises(Exception, match="Nothing is at none.pt"):
+    with pytest.raises(Exception, match=r"Nothing is at none\.pt"):
         run(["score", "none.pt", "-r", "recipe.py", "--debug"])
 
 

@@ -108,7 +108,9 @@ def fitted(packages):
             [model.pooled(encode(rows[i : i + BATCH])) for i in range(0, NUM_TRAIN, BATCH)]
         )
     labels = torch.tensor([int(y) for _, y in rows])
-    optimizer = torch.optim.LBFGS(model.probe.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        model.probe.parameters(), max_iter=200, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -182,7 +184,7 @@ def test_the_whole_encoder_is_scored(objective, capsys):
     top, trace = (s.estimate for s in scores)
     assert top.converged
     assert top.value > 0
-    assert 0 < trace.probe_error
+    assert trace.probe_error > 0
     assert scores[0].provenance["num_parameters"] > 22_000_000
     with capsys.disabled():
         print(f"\nMiniLM, P = {objective.space.dim}: {objective.hvp_mode}; lambda_max {top},"

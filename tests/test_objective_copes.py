@@ -200,6 +200,7 @@ def test_unused_parameters_are_zero_rows_and_one_warning_names_them():
     objective = sk.Objective(Skipping(), CE, [(X, Y)])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        objective.at(objective.theta).gradient()
         g = objective.gradient()
         H = sk.hessian(objective).to_dense()
         objective.gradient()
@@ -555,6 +556,23 @@ def test_memory_is_flat_over_fifty_products(mode):
 
 def live_tensors():
     return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+
+def test_an_objective_is_freed_without_the_collector():
+    objective = sk.Objective(seeded(mlp), CE, [(X, Y)])
+    objective.hvp(objective.theta)  # what is made only once is made here
+    del objective
+    gc.collect()
+    before = live_tensors()
+    gc.disable()
+    try:
+        objective = sk.Objective(seeded(mlp), CE, [(X, Y)])
+        objective.hvp(objective.theta)
+        sk.score(objective, ["gradient_norm", "sam_sharpness:steps=3"])
+        del objective
+        assert live_tensors() <= before  # kept graphs of many checkpoints must not pile up
+    finally:
+        gc.enable()
 
 
 def test_release_frees_the_graphs():

@@ -153,27 +153,26 @@ def split(batch: Any, size: int) -> list[Any]:
     if total is None or total <= size:
         return [batch]
 
-    def cut(tree: Any, start: int) -> Any:
-        if (
-            isinstance(tree, list)
-            and len(tree) == total
-            and not any(isinstance(v, (Tensor, list, tuple, Mapping)) for v in tree)
-        ):
-            return tree[start : start + size]
-        if isinstance(tree, Tensor):
-            whole = tree.ndim == 0 or tree.shape[0] != total
-            return tree if whole else tree[start : start + size]
-        if isinstance(tree, (Mapping, UserDict)):
-            mapped = {k: cut(v, start) for k, v in tree.items()}
-            return mapped if type(tree) is dict else _rebuild(type(tree), mapped)
-        if isinstance(tree, tuple):
-            parts = [cut(v, start) for v in tree]
-            return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-        if isinstance(tree, list):
-            return [cut(v, start) for v in tree]
-        return tree
+    return [_cut(batch, total, start, size) for start in range(0, total, size)]
 
-    return [cut(batch, start) for start in range(0, total, size)]
+
+def _cut(tree: Any, total: int, start: int, size: int) -> Any:
+    # A function of its own: a nested one that calls itself would keep the batch in a cycle.
+    if isinstance(tree, Tensor):
+        whole = tree.ndim == 0 or tree.shape[0] != total
+        return tree if whole else tree[start : start + size]
+    if isinstance(tree, (Mapping, UserDict)):
+        mapped = {k: _cut(v, total, start, size) for k, v in tree.items()}
+        return mapped if type(tree) is dict else _rebuild(type(tree), mapped)
+    if isinstance(tree, tuple):
+        parts = [_cut(v, total, start, size) for v in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    if isinstance(tree, list):
+        plain = not any(isinstance(v, (Tensor, list, tuple, Mapping)) for v in tree)
+        if len(tree) == total and plain:
+            return tree[start : start + size]
+        return [_cut(v, total, start, size) for v in tree]
+    return tree
 
 
 def fingerprint(batch: Any) -> int:

@@ -35,6 +35,26 @@ class _Tally:
     forwards: int = 0
 
 
+class _UnusedWarning:
+    """Warns once of parameters that the loss does not use, over all points of an objective."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self._names, self._said = names, False
+
+    def __call__(self, used: list[bool]) -> None:
+        if self._said or all(used):
+            return
+        self._said = True
+        unused = [n for n, flag in zip(self._names, used, strict=True) if not flag]
+        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" * (len(unused) > 5))
+        warnings.warn(
+            f"The loss does not depend on {shown}: their gradient and curvature are zero."
+            " Leave them out with params=... if this is not meant.",
+            SharpkitWarning,
+            stacklevel=4,
+        )
+
+
 class Objective:
     r"""The empirical risk of a model on a data set, as a function of its parameters.
 
@@ -201,7 +221,7 @@ class Objective:
         self._leaves = _leaves(start)
         self._tally = _Tally()
         self._started = time.perf_counter()
-        self._warned_unused = False
+        self._warn_unused = _UnusedWarning(self.space.names)
         self._requested_mode: HvpMode = hvp_mode
         self._hessian = HessianProducts(
             self._evaluator,
@@ -292,6 +312,7 @@ class Objective:
         other._evaluator = self._evaluator.restrict(
             {n: t.detach() for n, t in self._leaves.items() if n not in chosen}
         )
+        other._warn_unused = _UnusedWarning(other.space.names)
         other._hessian = HessianProducts(
             other._evaluator,
             other._leaves,
@@ -496,19 +517,6 @@ class Objective:
             with torch.inference_mode(False):
                 V = V.clone()
         return V if V.ndim == 2 else V[:, None]
-
-    def _warn_unused(self, used: list[bool]) -> None:
-        if self._warned_unused or all(used):
-            return
-        self._warned_unused = True
-        unused = [n for n, flag in zip(self.space.names, used, strict=True) if not flag]
-        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" * (len(unused) > 5))
-        warnings.warn(
-            f"The loss does not depend on {shown}: their gradient and curvature are zero."
-            " Leave them out with params=... if this is not meant.",
-            SharpkitWarning,
-            stacklevel=3,
-        )
 
 
 def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -182,7 +182,8 @@ class saved_bytes:  # noqa: N801  (a context, used like a function)
             self._seen.add(storage.data_ptr())
             self._keep.append(tensor.detach())
             self.total += storage.nbytes()
-        return tensor
+        # Detached: a node that holds its own output with its history is never freed.
+        return tensor.detach()
 
     def __enter__(self) -> saved_bytes:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
