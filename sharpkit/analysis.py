@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from sharpkit.errors import MeasureError
 from sharpkit.estimators import (
@@ -26,6 +28,11 @@ __all__ = ["Analysis"]
 T = TypeVar("T")
 
 ROUNDING = 8  # a loss is a chain of sums: a few eps of its size are lost
+PRODUCT = 30  # products lose a few eps of their size
+NOISE = 6.0  # one random change of the last digits may be smaller than the rounding itself
+DISTANCES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
+DISTANCE_FUNCTIONS = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+SATURATED = 100  # a cross-entropy below so many eps is a difference of rounded numbers
 
 
 class Analysis:
@@ -119,7 +126,76 @@ class Analysis:
         """The parameters, ``[P]``."""
         return self._once(("theta",), lambda: self.objective.theta)
 
+    @property
+    def noise(self) -> tuple[float, float]:
+        """The rounding level of the loss and of the gradient (its norm), at theta.
+
+        What a sum loses by cancellation cannot be read off the sum. The weights are moved
+        by one unit of rounding at random, which changes the outputs about as much as the
+        rounding of the forward pass does, and the change is taken: one gradient more.
+        """
+
+        def compute() -> tuple[float, float]:
+            eps = torch.finfo(self.objective.model_dtype).eps
+            signs = torch.randint(
+                2, self.theta.shape, generator=self.generator("noise"), device=self.theta.device
+            )
+            last_digits = self.theta * (eps * (2 * signs - 1)).to(self.theta)
+            value, gradient = self.loss_and_gradient_at(last_digits)
+            g = self.gradient.double()
+            change = float((gradient.double() - g).norm())
+            steps = float((g * self.theta.double()).norm())
+            loss = max(2 * eps * abs(self.value), abs(value - self.value), eps * steps)
+            slope = max(change, eps * float(g.norm()))
+            floor = eps if self._logarithmic else 0.0
+            return max(NOISE * loss, floor / 4), max(NOISE * slope, 2 * floor)
+
+        return self._once(("noise",), compute)
+
+    @property
+    def product_error(self) -> float:
+        """How wrong Hessian-vector products are, relative: rounding, or what differences lose.
+
+        To be read after the products, which find out how they can be computed.
+        """
+        eps = torch.finfo(self.objective.model_dtype).eps
+        error = max(PRODUCT * eps, float(self.objective.hvp_error))
+        if self._logarithmic:
+            error = max(error, min(eps / abs(self.value), 1.0) if self.value else 1.0)
+        return error
+
+    @property
+    def _logarithmic(self) -> bool:
+        # Whether the loss may be a logarithm of probabilities near 1. These are rounded to
+        # eps, and so are their logarithms and slopes, however small the loss is.
+        criterion = getattr(self.objective._evaluator.batch_loss, "criterion", None)
+        return abs(self.value) < 1 and not (
+            isinstance(criterion, DISTANCES) or criterion in DISTANCE_FUNCTIONS
+        )
+
+    @property
+    def saturated(self) -> bool:
+        """Whether the loss is a logarithm that its dtype can hardly tell from zero."""
+        eps = torch.finfo(self.objective.model_dtype).eps
+        return self._logarithmic and abs(self.value) < SATURATED * eps
+
+    def saturation_note(self) -> tuple[str, ...]:
+        """Return the sentence for a number of a saturated loss; empty if it is not."""
+        if not self.saturated:
+            return ()
+        dtype = str(self.objective.model_dtype).removeprefix("torch.")
+        return (
+            f"The loss, {self.value:.1e}, is at the rounding level of {dtype}, and what depends"
+            " on it may be rounding only. Measure with dtype=torch.float64.",
+        )
+
     def rounding(self, *losses: float) -> float:
         """Return the rounding level of a difference of these losses in the model's dtype."""
-        eps = torch.finfo(self.objective.model_dtype).eps
-        return ROUNDING * eps * sum(abs(loss) for loss in losses)
+        noise, here = self.noise[0], abs(self.value)
+        # A loss near zero is a square or a logarithm of what was rounded: its rounding
+        # grows like its root, one far from zero like itself.
+        return sum(
+            noise * max(1.0, math.sqrt(abs(loss) / here) if here > 0 else 1.0)
+            + ROUNDING * torch.finfo(self.objective.model_dtype).eps * abs(loss)
+            for loss in losses
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -28,15 +29,27 @@ ErrorKind: TypeAlias = Literal["stderr", "bound", "lower_bound", "rounding"]
 
 def _plain(value: Any) -> Any:
     # JSON has no NaN and no infinity: the first becomes null, the second a string.
-    if isinstance(value, float):
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        value = float(value)
         if math.isnan(value):
             return None
         return value if math.isfinite(value) else ("inf" if value > 0 else "-inf")
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(v) for v in value]
-    return value
+    if hasattr(value, "tolist"):  # arrays, tensors and their scalars
+        return _plain(value.tolist())
+    return str(value)
+
+
+def _number(value: Any) -> float | None:
+    # NumPy's and torch's scalars become Python's: the same text everywhere.
+    return None if value is None else float(value)
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,10 @@ class Part:
     value: float
     probe_error: float | None
     converged: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("value", "probe_error"):
+            object.__setattr__(self, name, _number(getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -111,6 +128,10 @@ class Estimate:
     parts: tuple[Part, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("value", "probe_error", "data_error"):
+            object.__setattr__(self, name, _number(getattr(self, name)))
 
     def __float__(self) -> float:
         return self.value
@@ -279,7 +300,7 @@ class Scores(Sequence[Score]):
                     }
                     for p in e.parts
                 )
-        frame = pd.DataFrame(rows)
+        frame = pd.DataFrame(rows, columns=None if rows else ["part", "measure", "value"])
         return frame if parts else frame.drop(columns="part")
 
 

@@ -41,21 +41,25 @@ def parse_request(request: MeasureRequest) -> tuple[measures.Measure, dict[str, 
         given: dict[str, Any] = {}
         for item in filter(None, rest.split(",")):
             key, equals, value = item.partition("=")
-            if not equals or not key.strip():
+            if not equals or not key.strip() or key.strip() in given:
                 raise SettingsError(
-                    f"Expected settings as name:key=value,key=value. Got {request!r}."
+                    "Expected settings as name:key=value,key=value, each key once. Got"
+                    f" {request!r}."
                 )
             given[key.strip()] = value.strip()
         measure = measures.get(name.strip())
         return measure, measure.complete(given)
     try:
-        name, given = request[0], dict(request[1])
-    except (TypeError, ValueError, IndexError):
+        named, values = request
+        given = dict(values)
+    except (TypeError, ValueError):
+        named, given = "", {}
+    if not (named and isinstance(named, str)):
         raise SettingsError(
             "Expected a measure as 'name', 'name:key=value' or ('name', {'key': value})."
             f" Got {request!r}."
-        ) from None
-    measure = measures.get(name)
+        )
+    measure = measures.get(named)
     return measure, measure.complete(given)
 
 
@@ -108,7 +112,15 @@ def score(
     ):
         requests = [names]
     else:
-        requests = list(names)
+        try:
+            requests = list(names)
+        except TypeError:
+            raise SettingsError(
+                f"Expected names of measures. Got {names!r}. Write for example"
+                " ['hessian_trace', 'top_eigenvalues:k=1']."
+            ) from None
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise SettingsError(f"Expected `seed` to be a whole number. Got {seed!r}.")
     parsed = [parse_request(request) for request in requests]
     analysis = Analysis(objective, seed=seed)
     origin = {**_provenance(objective), **(provenance or {})}
@@ -134,7 +146,7 @@ def _one(
     estimate, error = None, None
     try:
         estimate = measure(analysis, **settings)
-    except (SharpkitError, RuntimeError, ArithmeticError) as failure:
+    except Exception as failure:  # whatever it is: the numbers already there must not be lost
         text = " ".join(str(failure).split())
         error = text if isinstance(failure, SharpkitError) else f"{type(failure).__name__}: {text}"
         warnings.warn(f"{measure.name} failed: {error}", SharpkitWarning, stacklevel=3)

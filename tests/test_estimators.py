@@ -16,6 +16,8 @@ from sharpkit.estimators import (
     maximize_in_ball,
     spectral_density,
 )
+from sharpkit.estimators.krylov import Krylov
+from sharpkit.estimators.lanczos import distinct_errors
 from sharpkit.geometry import ElementwiseMetric, EuclideanMetric, MongeMetric
 from sharpkit.operators import SymmetricOperator
 from sharpkit.testing import check_operator
@@ -225,7 +227,7 @@ def test_operator_battery_and_wrapping():
             return A @ v
 
     check_operator(SymmetricOperator.wrap(Foreign()), A)
-    with pytest.raises(AssertionError, match="another matrix|not those of the dense"):
+    with pytest.raises(AssertionError, match=r"another matrix|not those of the dense"):
         check_operator(SymmetricOperator.wrap(A), A + 1e-3 * torch.eye(len(A)))
 
 
@@ -342,3 +344,112 @@ def test_an_average_over_infinite_losses_is_refused():
 def test_settings_out_of_range(call, message):
     with pytest.raises(SettingsError, match=message):
         call(SymmetricOperator.wrap(torch.eye(5)))
+
+
+# -- more that was once wrong --------------------------------------------------------------
+
+HARD = {
+    "pm 10": [10, -10, 9.9, -9.9, 9.8, 9.75, *rng.uniform(-9, 9, 100)],
+    "tight cluster": [*(5 + 1e-5 * np.arange(6)), *rng.uniform(-1, 1, 100)],
+    "cluster at an edge": [*(5 + 1e-4 * np.arange(30)), *rng.uniform(-1, 4.9, 100)],
+    "twins": [5.0] * 4 + [4.999] * 4 + list(rng.uniform(-4.9, 4.9, 90)),
+    "repeated bulk": [1.0] * 200 + [0.999] * 50 + [-0.5] * 100,
+    "square-root edge": list(2 - 5e-3 * np.sqrt(np.arange(200))),
+    "two": [1.0, 1.0],
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_errors_hold_where_neighbours_are_hard_to_tell_apart(name):
+    values, wrong, runs = np.sort(HARD[name]), 0, 0
+    for seed in range(6):
+        A = from_eigenvalues(values, seed)
+        for k, tol, which in [(1, 1e-2, "both"), (2, 1e-3, "both"), (5, 1e-3, "largest")]:
+            if k > len(values):
+                continue
+            pairs = lanczos(
+                SymmetricOperator.wrap(A), k=k, tol=tol, which=which, generator=generator(seed)
+            )
+            vectors = torch.cat([pairs.largest_vectors, pairs.smallest_vectors], dim=1)
+            found = np.array([*pairs.largest, *pairs.smallest])
+            errors = np.array([*pairs.largest_residuals, *pairs.smallest_residuals])
+            residuals = (A @ vectors - vectors * torch.tensor(found)).norm(dim=0).numpy()
+            assert (residuals <= errors * (1 + 1e-9) + 1e-13).all()
+            truth = np.array([*values[::-1][:k], *values[: len(pairs.smallest)]])
+            runs += pairs.converged
+            wrong += bool(pairs.converged and (abs(found - truth) > errors + 1e-12).any())
+    assert runs > 0
+    assert wrong == 0
+
+
+def test_fewer_steps_than_pairs_give_what_there_is():
+    A = SymmetricOperator.wrap(from_eigenvalues(SPECTRA["semicircle"]))
+    pairs = lanczos(A, k=10, max_matvecs=3, generator=generator())
+    assert len(pairs.largest) == len(pairs.largest_converged) == 3
+    assert not pairs.converged
+    assert not any(pairs.largest_converged)
+
+
+def test_a_trace_error_from_few_probes_is_calibrated():
+    A = from_eigenvalues(SPECTRA["outliers and bulk"])
+    for m in (4, 8):
+        z = []
+        for seed in range(300):
+            e = hutchinson_trace(SymmetricOperator.wrap(A), num_probes=m, generator=generator(seed))
+            z.append((e.value - A.trace().item()) / e.probe_error)
+        assert abs(np.mean(z)) < 0.25
+        assert 0.85 < np.std(z) < 1.25
+
+
+def test_average_rise_is_calibrated():
+    A = from_eigenvalues(rng.uniform(0.5, 1.5, 100))
+    for norm, truth in (("l2", 0.5 * A.trace().item()), ("linf", A.trace().item() / 6)):
+        z = []
+        for seed in range(300):
+            e = average_rise(
+                lambda z: float(0.5 * z @ A @ z + z.sum()), start_value=0.0, like=A[0], rho=1.0,
+                norm=norm, num_pairs=20, generator=generator(seed),
+            )  # fmt: skip
+            z.append((e.value - truth) / e.probe_error)
+        assert abs(np.mean(z)) < 0.15
+        assert 0.85 < np.std(z) < 1.2
+
+
+def test_an_asymmetry_is_seen_in_a_large_space():
+    n = 4000
+    row = torch.randn(n, generator=generator(3), dtype=torch.float64)
+    skewed = SymmetricOperator(
+        lambda V: V + 0.1 * (row[:, None] * V.roll(1, 0)), n, dtype=torch.float64
+    )
+    with pytest.raises(OperatorError, match="differ"):
+        skewed.check_symmetric(generator())
+
+
+def test_residuals_beside_locked_vectors_are_those_of_the_whole_matrix():
+    A = from_eigenvalues(SPECTRA["semicircle"])
+    rough = torch.linalg.qr(torch.linalg.eigh(A)[1][:, -2:] + 0.02 * A[:, :2])[0]
+    krylov = Krylov(SymmetricOperator.wrap(A), generator(), rough)
+    for _ in range(60):
+        krylov.step()
+    values, S, residuals = krylov.ritz()
+    vectors = krylov.vectors(S)
+    true = (A @ vectors - vectors * torch.tensor(values)).norm(dim=0).numpy()
+    assert true == pytest.approx(residuals, rel=1e-6, abs=1e-10)
+    assert residuals[-1] > 1e-4  # the rough vectors are felt
+
+
+def test_pairs_whose_intervals_meet_share_an_error():
+    # Both Ritz values of the span may belong to one eigenvalue; Kahan's bound covers two.
+    for seed in range(200):
+        A = from_eigenvalues([1.0, 1.1, 1.2, -1.0, 3.0], seed)
+        Y = torch.linalg.qr(torch.randn(5, 3, generator=generator(seed), dtype=torch.float64))[0]
+        values, S = torch.linalg.eigh(Y.T @ A @ Y)
+        residuals = (A @ Y @ S - Y @ S * values).norm(dim=0).numpy()
+        errors = distinct_errors(values.numpy(), residuals)
+        truth, used = [-1.0, 1.0, 1.1, 1.2, 3.0], 0
+        for value, error in zip(values.tolist(), errors, strict=True):  # match greedily
+            while used < 5 and truth[used] < value - error - 1e-12:
+                used += 1
+            assert used < 5
+            assert truth[used] <= value + error + 1e-12
+            used += 1

@@ -448,6 +448,58 @@ def test_missing_second_derivatives_fall_back_and_say_so(function):
     assert 0 < float(score.provenance["hvp_relative_error"]) < 1e-2
 
 
+class HalfCut(torch.autograd.Function):
+    """A product whose backward loses the graph of one factor's gradient only."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad @ w.T, x.detach().T @ grad
+
+
+def test_a_partly_lost_graph_is_seen_by_its_asymmetry():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.w = nn.Linear(4, 5), nn.Parameter(normal(5, 3))
+
+        def forward(self, x):
+            return HalfCut.apply(torch.tanh(self.a(x)), self.w)
+
+    objective = sk.Objective(seeded(Layer), CE, [(X, Y)])
+    v = torch.linspace(-1, 1, objective.space.dim, dtype=torch.float64)
+    with pytest.warns(sk.SharpkitWarning, match="not symmetric"):
+        Hv = objective.hvp(v)
+    h = 1e-5
+    ends = [objective.at(objective.theta + s * h * v).gradient() for s in (1, -1)]
+    assert torch.allclose(Hv, (ends[0] - ends[1]) / (2 * h), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_network_that_is_sure_of_itself_keeps_double_backward(dtype):
+    # Its Hessian is close to rounding, and so not symmetric to many digits.
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))).to(dtype)
+    x = X.to(dtype)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    for _ in range(3000 if dtype == torch.float64 else 600):
+        optimizer.zero_grad()
+        CE(model(x), Y).backward()
+        optimizer.step()
+    for p in model[2].parameters():
+        p.data.mul_(3)
+    objective = sk.Objective(model, CE, [(x, Y)])
+    assert float(objective.value()) < 1e-5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        objective.hvp(objective.theta)
+    assert objective.hvp_mode == "kept"
+
+
 def test_central_differences_refuse_kinks():
     torch.manual_seed(0)
     model = nn.Sequential(

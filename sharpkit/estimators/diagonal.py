@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharpkit.errors import SettingsError
-from sharpkit.estimators.protocol import Matrix, random_signs
+from sharpkit.estimators.protocol import Matrix, RunningMoments, random_signs
 
 __all__ = ["Diagonal", "exact_diagonal", "hutchinson_diagonal"]
 
@@ -71,15 +71,9 @@ def hutchinson_diagonal(matrix: Matrix, *, num_probes: int, generator: torch.Gen
         raise SettingsError(
             f"Expected `num_probes` to be at least 2, to give errors. Got {num_probes}."
         )
-    mean = torch.zeros(matrix.dim, dtype=torch.float64, device=matrix.device)
-    squares = torch.zeros_like(mean)  # Welford's sum of squared deviations
-    done = 0
-    while done < num_probes:
-        Z = random_signs(matrix, min(BLOCK, num_probes - done), generator)
-        for column in (Z * (matrix @ Z)).double().unbind(dim=1):
-            done += 1
-            delta = column - mean
-            mean += delta / done
-            squares += delta * (column - mean)
-    errors = (squares / (num_probes - 1) / num_probes).sqrt()
-    return Diagonal(mean.to(matrix.dtype), errors.to(matrix.dtype), num_probes)
+    entries = RunningMoments(matrix)
+    while entries.count < num_probes:
+        Z = random_signs(matrix, min(BLOCK, num_probes - entries.count), generator)
+        entries.add(Z * (matrix @ Z))
+    errors = (entries.variances / num_probes).sqrt()
+    return Diagonal(entries.mean.to(matrix.dtype), errors.to(matrix.dtype), num_probes)

@@ -120,9 +120,7 @@ class Krylov:
 
     def vectors(self, coefficients: np.ndarray) -> Tensor:
         """Return Ritz vectors ``[P, j]`` for columns of coefficients."""
-        S = torch.as_tensor(
-            coefficients.copy(), dtype=self.matrix.dtype, device=self.matrix.device
-        )
+        S = torch.as_tensor(coefficients.copy(), dtype=self.matrix.dtype, device=self.matrix.device)
         return self.basis[: self.size].T @ S
 
 

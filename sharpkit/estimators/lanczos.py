@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpkit.errors import SettingsError
-from sharpkit.estimators.krylov import ROUNDING, Krylov, unseen_share
+from sharpkit.estimators.krylov import Krylov, unseen_share
 from sharpkit.estimators.protocol import Matrix, check_positive
 
 __all__ = ["Eigenpairs", "Which", "distinct_errors", "lanczos"]
@@ -19,6 +19,7 @@ __all__ = ["Eigenpairs", "Which", "distinct_errors", "lanczos"]
 Which: TypeAlias = Literal["both", "largest", "smallest"]
 
 SMALL_SHARE = 0.05  # an eigenvalue below this share of the largest is "small"
+COARSEST = 0.01  # a larger relative residual cannot tell an eigenvalue from its neighbour
 STAGNATION_STEPS = 5
 FEWEST_STEPS = 8  # of a second start, before it may say that nothing was missed
 
@@ -32,10 +33,10 @@ class Eigenpairs:
         smallest: The algebraically smallest ones, ascending.
         largest_vectors: Unit vectors ``[P, k]``.
         smallest_vectors: Unit vectors ``[P, k]``.
-        largest_residuals: ``||A v - theta v||`` (at least the rounding level); an
-            eigenvalue lies within this distance of each value.
+        largest_residuals: Errors: at least ``||A v - theta v||`` and the rounding level,
+            more where neighbours are not told apart or the value still moved.
         smallest_residuals: Likewise.
-        largest_converged: Whether each residual met the tolerance and stood still.
+        largest_converged: Whether each error met the tolerance.
         smallest_converged: Likewise.
         upper_bound: No eigenvalue is larger, with probability ``1 - failure_probability``
             over the random start; inf if nothing can be said yet.
@@ -84,18 +85,20 @@ def lanczos(
     r"""Compute the k algebraically largest and smallest eigenpairs.
 
     Every new vector is orthogonalized twice against all former ones (one matrix-vector
-    product with the basis each time). A pair has converged when its residual is at most
-    ``tol`` times its value (or times 5% of the largest magnitude, for values below that)
-    and the value stood still for 5 steps. As a small residual does not prove that nothing
-    larger was missed, a second run from another random start, orthogonal to the pairs
-    found, must then find nothing beyond them; what it finds (a repeated eigenvalue, say)
-    is taken in.
+    product with the basis each time). The error of a pair is its residual, that of its
+    whole group where pairs are not told apart, or what the value moved in the last quarter
+    of the steps, whichever is largest; it has converged when this is at most ``tol`` times
+    its value (or times 5% of the largest magnitude, for values below that). As a small
+    residual does not prove that nothing larger was missed, a second run from another
+    random start, orthogonal to the pairs found, must then find nothing beyond them; what
+    it finds (a repeated eigenvalue, say) is taken in. No method that sees products only
+    can exclude a miss: a vector to which both starts are nearly orthogonal stays unseen.
 
     Args:
         matrix: The matrix ``A``.
         k: Pairs at each end.
         which: ``"both"`` ends, the ``"largest"`` or the ``"smallest"`` only.
-        tol: Relative residual.
+        tol: Relative error; one above 0.01 is taken as 0.01.
         max_matvecs: Budget of products, the second start included.
         failure_probability: Of the bounds beyond the Ritz values.
         generator: Source of the start vectors.
@@ -124,7 +127,11 @@ def lanczos(
         )
     check_positive("tol", tol)
     check_positive("max_matvecs", max_matvecs, minimum=1)
-    check_positive("failure_probability", failure_probability)
+    if not 0 < failure_probability < 1:
+        raise SettingsError(
+            "Expected `failure_probability` between 0 and 1, both excluded. Got"
+            f" {failure_probability!r}."
+        )
     return _Search(matrix, k, which, tol, max_matvecs, failure_probability, generator).run()
 
 
@@ -180,7 +187,7 @@ class _Search:
         failure_probability: float,
         generator: torch.Generator,
     ):
-        self.matrix, self.k, self.tol = matrix, k, tol
+        self.matrix, self.k, self.tol = matrix, k, min(tol, COARSEST)
         self.signs = {"both": (1, -1), "largest": (1,), "smallest": (-1,)}[which]
         self.budget, self.probability, self.generator = (
             max_matvecs,
@@ -213,7 +220,9 @@ class _Search:
 
     def _allowed(self, values: np.ndarray) -> np.ndarray:
         scale = max(abs(self.low), abs(self.high))
-        return np.maximum(self.tol * np.maximum(abs(values), SMALL_SHARE * scale), self.floor)
+        allowed = self.tol * np.maximum(abs(values), SMALL_SHARE * scale)
+        result: np.ndarray = np.maximum(allowed, 2 * self.floor)
+        return result
 
     # -- the first start -------------------------------------------------------------
 
@@ -235,7 +244,7 @@ class _Search:
         for sign, e in zip(self.signs, errors, strict=True):
             kept = self._outer(sign, values)
             met = (e <= self._allowed(kept)) & (len(kept) == self.k)
-            plain = np.maximum(self._outer(sign, residuals), self.floor)
+            plain = self._outer(sign, residuals) + self.floor
             stated = np.where(np.isfinite(e), e, plain)
             vectors = krylov.vectors(self._outer(sign, S.T).T)
             ends.append(_End(sign, kept.tolist(), vectors, stated.tolist(), met.tolist()))
@@ -255,14 +264,15 @@ class _Search:
     ) -> np.ndarray:
         # Outermost first; inf while it is not known whether a value stands still.
         v, r = self._outer(sign, values), self._outer(sign, residuals)
-        errors = np.maximum(distinct_errors(v[::-sign], r[::-sign])[::-sign], self.floor)
+        errors = distinct_errors(v[::-sign], r[::-sign])[::-sign] + self.floor
         if krylov.exhausted:
             return errors
         drift = np.full(len(v), math.inf)
         if len(history) > STAGNATION_STEPS:
-            past = self._outer(sign, history[-1 - STAGNATION_STEPS])
+            past = self._outer(sign, history[-1 - _window(len(history))])
             drift[: len(past)] = abs(v[: len(past)] - past)
-        return np.maximum(errors, drift)
+        still: np.ndarray = np.maximum(errors, drift)
+        return still
 
     # -- the second start ------------------------------------------------------------
 
@@ -276,7 +286,7 @@ class _Search:
             krylov = Krylov(self.matrix, self.generator, locked)
             if krylov.exhausted:
                 return ends, outcome
-            finished = self._search_beyond(krylov, ends, max(FEWEST_STEPS, (steps + 1) // 2))
+            finished = self._search_beyond(krylov, ends, max(FEWEST_STEPS, 3 * steps // 4))
             if not finished:
                 return ends, "not run"
             values, S, residuals = self._ritz(krylov)
@@ -311,31 +321,32 @@ class _Search:
             m = len(history)
             if m < FEWEST_STEPS:
                 continue
-            half, past = history[m // 2 - 1], history[-1 - STAGNATION_STEPS]
+            half, past = history[m // 2 - 1], history[-1 - _window(m)]
             finished = True
             for end in ends:
                 i = -1 if end.sign > 0 else 0
                 growth, drift = abs(values[i] - half[i]), abs(values[i] - past[i])
                 gap = end.sign * (end.values[-1] - values[i])
-                settled = max(residuals[i], drift) <= self._allowed(values)[i]
-                clear = m >= fewest and gap > growth
+                enough = max(min(self._allowed(values)[i], end.errors[-1]), 2 * self.floor)
+                settled = max(residuals[i], drift) <= enough
+                clear = m >= fewest and gap > growth + residuals[i]
                 finished &= bool(settled or clear)
             if finished:
                 return True
         return True
 
     def _doubt(self, values: np.ndarray, residuals: np.ndarray, ends: list[_End]) -> None:
-        # A pair beside the innermost one, and within its own error beyond it: say so.
+        # A pair that meets the innermost one found: there may be a whole cluster, whose
+        # edge is farther off than the residuals of vectors that mix its members.
         for end in ends:
             i = -1 if end.sign > 0 else 0
             gap = abs(end.values[-1] - values[i])
-            if gap > residuals[i] + end.errors[-1]:
-                continue
-            reach = values[i] + end.sign * residuals[i]
-            end.errors = [
-                max(e, float(end.sign * (reach - v)))
-                for v, e in zip(end.values, end.errors, strict=True)
-            ]
+            width = float(gap + 2 * (residuals[i] + end.errors[-1]))
+            if gap <= residuals[i] + end.errors[-1]:
+                end.errors = [
+                    max(e, width) if end.sign * (v - values[i]) <= width else e
+                    for v, e in zip(end.values, end.errors, strict=True)
+                ]
 
     def _rotate(self, Y: Tensor) -> list[_End]:
         # Rayleigh-Ritz with explicit products: eigenvalues, vectors and true residuals.
@@ -349,7 +360,7 @@ class _Search:
         ends = []
         for sign in self.signs:
             v, r = self._outer(sign, values), self._outer(sign, residuals)
-            e = np.maximum(distinct_errors(v[::-sign], r[::-sign])[::-sign], self.floor)
+            e = distinct_errors(v[::-sign], r[::-sign])[::-sign] + self.floor
             index = self._outer(sign, np.arange(len(values))).tolist()
             met = (e <= self._allowed(v)).tolist()
             ends.append(_End(sign, v.tolist(), X[:, index], e.tolist(), met))
@@ -384,8 +395,15 @@ class _Search:
         )
 
 
+def _window(steps: int) -> int:
+    # Without a gap below it a Ritz value nears its limit like 1/steps^2: what it moved in
+    # the last quarter of the run is about what it still has to go.
+    return max(STAGNATION_STEPS, steps // 4)
+
+
 def _orthonormal(blocks: list[Tensor]) -> Tensor:
     # An orthonormal basis; directions that came twice count once.
     Y = torch.cat(blocks, dim=1)
     U, sizes, _ = torch.linalg.svd(Y, full_matrices=False)
-    return U[:, sizes > 0.5]
+    basis: Tensor = U[:, sizes > 0.5]
+    return basis

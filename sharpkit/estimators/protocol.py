@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from sharpkit.errors import SettingsError
 
-__all__ = ["Matrix", "check_positive", "random_signs", "sphere_vector"]
+__all__ = ["Matrix", "RunningMoments", "check_positive", "random_signs", "sphere_vector"]
 
 
 class Matrix(Protocol):
@@ -23,6 +24,28 @@ class Matrix(Protocol):
     def __matmul__(self, vectors: Tensor, /) -> Tensor:
         """Return ``A V``."""
         ...
+
+
+class RunningMoments:
+    """Mean and variance of each entry of vectors that come one block after another."""
+
+    def __init__(self, matrix: Matrix):
+        self.mean = torch.zeros(matrix.dim, dtype=torch.float64, device=matrix.device)
+        self._squares = torch.zeros_like(self.mean)  # Welford's sums of squared deviations
+        self.count = 0
+
+    def add(self, columns: Tensor) -> None:
+        """Take in the columns of a block ``[P, K]``."""
+        for column in columns.double().unbind(dim=1):
+            self.count += 1
+            delta = column - self.mean
+            self.mean += delta / self.count
+            self._squares += delta * (column - self.mean)
+
+    @property
+    def variances(self) -> Tensor:
+        """The unbiased variance of each entry, ``[P]``."""
+        return self._squares / (self.count - 1)
 
 
 def random_signs(matrix: Matrix, count: int, generator: torch.Generator) -> Tensor:
@@ -44,8 +67,8 @@ def sphere_vector(matrix: Matrix, generator: torch.Generator) -> Tensor:
 
 
 def check_positive(name: str, value: float, *, minimum: float | None = None) -> None:
-    """Raise SettingsError unless a setting is positive (or at least ``minimum``)."""
+    """Raise SettingsError unless a setting is finite and positive (or at least ``minimum``)."""
     allowed = value >= minimum if minimum is not None else value > 0
-    if not allowed:
+    if not (allowed and math.isfinite(value)):
         bound = f"at least {minimum:g}" if minimum is not None else "greater than 0"
-        raise SettingsError(f"Expected `{name}` to be {bound}. Got {value!r}.")
+        raise SettingsError(f"Expected `{name}` to be finite and {bound}. Got {value!r}.")

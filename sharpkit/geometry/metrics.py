@@ -53,8 +53,10 @@ class ElementwiseMetric:
     """
 
     def __init__(self, scale: Tensor):
-        if bool((scale < 0).any()):
-            raise SettingsError("Expected scales of at least 0. Got a negative one.")
+        if not bool((scale >= 0).all()):
+            raise SettingsError(
+                "Expected scales of at least 0. Got a negative one or NaN. Give absolute values."
+            )
         self.scale = scale
 
     def whiten(self, delta: Tensor) -> Tensor:
@@ -86,8 +88,8 @@ class MongeMetric:
     """
 
     def __init__(self, gradient: Tensor, alpha: float = 1.0):
-        if alpha < 0:
-            raise SettingsError(f"Expected `alpha` to be at least 0. Got {alpha}.")
+        if not 0 <= alpha < math.inf:
+            raise SettingsError(f"Expected `alpha` to be finite and at least 0. Got {alpha!r}.")
         length = float(gradient.norm())
         self.direction = gradient / length if length > 0 else gradient
         self.stretch = math.sqrt(1 + (alpha * length) ** 2)

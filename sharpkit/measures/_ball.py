@@ -2,33 +2,70 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from sharpkit.analysis import Analysis
-from sharpkit.errors import SettingsError
 from sharpkit.estimators import maximize_in_ball, steepest
 from sharpkit.estimators.ascent import Norm
+from sharpkit.estimators.protocol import check_positive
 from sharpkit.geometry import Metric
 from sharpkit.results import Cost, Estimate
+
+LOST = 0.05  # of a perturbation's length: more rounding than this spoils the number
+UNCERTAIN = 0.3  # radians by which rounding may turn the gradient
 
 
 def one_step_rise(analysis: Analysis, metric: Metric, rho: float, norm: Norm) -> Estimate:
     """Return the rise of the loss at the first-order worst point of the ball."""
-    if not rho > 0:
-        raise SettingsError(f"Expected `rho` to be greater than 0. Got {rho!r}.")
+    check_positive("rho", rho)
     slope = metric.unwhiten(analysis.gradient)
-    delta = metric.unwhiten(rho * steepest(slope, norm))
-    value = analysis.loss_at(delta)
-    notes: tuple[str, ...] = ()
+    step = steepest(slope, norm)
+    delta = metric.unwhiten(rho * step)
+    value, ahead = analysis.loss_and_gradient_at(delta)
+    rise, notes = value - analysis.value, lost_in_rounding(analysis, delta)
+    rounding = analysis.rounding(value, analysis.value)
     if not bool(slope.any()):
-        notes = ("The gradient is exactly zero, so the first-order worst point is theta.",)
+        notes += ("The gradient is exactly zero, so the first-order worst point is theta.",)
+    else:
+        level = metric.unwhiten(torch.full_like(slope, analysis.noise[1] / math.sqrt(len(slope))))
+        turn = min(float(level.norm() / slope.norm()), 2.0)
+        ahead = metric.unwhiten(ahead)
+        if norm == "linf":  # signs that rounding may have turned
+            doubtful = slope.abs() < 3 * level.abs()
+            rounding += 2 * rho * float(ahead[doubtful].abs().sum())
+        else:
+            rounding += rho * turn * float(ahead.norm())
+        if turn > UNCERTAIN:
+            rounding += abs(rise)
+            notes += (
+                "The gradient is hardly larger than its own rounding, and so its direction is"
+                " arbitrary. Measure with dtype=torch.float64, or use sam_sharpness.",
+            )
     return Estimate(
-        value=value - analysis.value,
-        probe_error=analysis.rounding(value, analysis.value),
+        value=rise,
+        probe_error=rounding,
         error_kind="rounding",
-        cost=Cost(gradients=1, forwards=1),
+        converged=not notes or not bool(slope.any()),
+        cost=Cost(gradients=3),
         details={"perturbation_norm": float(delta.norm())},
         notes=notes,
+    )
+
+
+def lost_in_rounding(analysis: Analysis, delta: Tensor) -> tuple[str, ...]:
+    """Return a note if theta + delta, in the model's dtype, is another perturbation."""
+    length = float(delta.norm())
+    arrived = analysis.objective.at(analysis.theta + delta).theta - analysis.theta
+    gap = float((arrived - delta).norm())
+    if length == 0 or gap <= LOST * length:
+        return ()
+    dtype = str(analysis.objective.model_dtype).removeprefix("torch.")
+    return (
+        f"Rounding to {dtype} changes the perturbation by {gap / length:.0%} of its length."
+        " Measure with dtype=torch.float32 or torch.float64.",
     )
 
 
@@ -41,17 +78,26 @@ def worst_rise(
         value, gradient = analysis.loss_and_gradient_at(metric.unwhiten(zeta))
         return value, metric.unwhiten(gradient)
 
+    start = metric.unwhiten(analysis.gradient)
     ascent = maximize_in_ball(
         function,
         start_value=analysis.value,
-        start_gradient=metric.unwhiten(analysis.gradient),
+        start_gradient=start,
         rho=rho,
         norm=norm,
         steps=steps,
         generator=analysis.generator(purpose),
     )
-    notes = []
-    if not ascent.converged:
+    delta = metric.unwhiten(ascent.point)
+    tried = delta if bool(delta.any()) else metric.unwhiten(rho * steepest(start, norm))
+    lost = lost_in_rounding(analysis, tried)
+    notes = [*lost]
+    if ascent.value <= analysis.value:
+        notes.append(
+            "The ascent met no higher point than theta itself: a maximum, or a ball on which"
+            " the loss falls or is rounding. Give more `steps` or a larger `rho`."
+        )
+    elif not ascent.converged:
         notes.append(
             f"The ascent still had {ascent.gap:.2g} of first-order room after {steps} steps:"
             " the true maximum may be larger. Give more `steps`."
@@ -61,12 +107,11 @@ def worst_rise(
             f"The loss was not finite at {ascent.non_finite} of {steps} steps inside the"
             " ball; the value is the largest finite rise."
         )
-    delta = metric.unwhiten(ascent.point)
     return Estimate(
         value=ascent.value - analysis.value,
         probe_error=max(ascent.gap, analysis.rounding(ascent.value, analysis.value)),
         error_kind="lower_bound",
-        converged=ascent.converged,
+        converged=ascent.converged and not lost,
         cost=Cost(gradients=ascent.evaluations + 1),
         details={
             "perturbation_norm": float(delta.norm()),

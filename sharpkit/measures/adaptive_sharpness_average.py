@@ -1,5 +1,8 @@
 """Average-case adaptive sharpness: random perturbations relative to each weight."""
 
+import math
+from dataclasses import replace
+
 from sharpkit.analysis import Analysis
 from sharpkit.estimators import average_rise
 from sharpkit.estimators.ascent import Norm
@@ -13,7 +16,7 @@ DEFAULT_RHO = {"l2": 0.1, "linf": 0.2}  # within the grids of arXiv:2302.07011
     "adaptive_sharpness_average",
     symbol="E_d L(theta+d) - L(theta), d ~ N(0, rho^2 w^2)",
     reference="Andriushchenko et al. 2023, arXiv:2302.07011",
-    cost="2 num_pairs forwards (40)",
+    cost="2 num_pairs forwards (200) and 2 gradients",
     invariant_to={"permutation", "layer_scale", "node_scale", "pair_scale"},
     degree=1,
     nonnegative=False,
@@ -23,7 +26,7 @@ def adaptive_sharpness_average(
     *,
     rho: float | None = None,
     norm: Norm = "l2",
-    num_pairs: int = 20,
+    num_pairs: int = 100,
 ) -> Estimate:
     r"""Mean rise of the loss under random perturbations relative to the weights.
 
@@ -38,10 +41,11 @@ def adaptive_sharpness_average(
         analysis: What is measured.
         rho: Relative scale; default 0.1 for l2 and 0.2 for linf.
         norm: ``"l2"`` or ``"linf"``.
-        num_pairs: Pairs of perturbed losses.
+        num_pairs: Pairs of perturbed losses. The rises are skewed: with 20 pairs the standard
+            error comes out some 20% small, with 100 it is right.
     """
     scale = analysis.theta.abs()
-    return average_rise(
+    estimate = average_rise(
         lambda z: analysis.loss_at(scale * z),
         start_value=analysis.value,
         like=scale,
@@ -50,3 +54,6 @@ def adaptive_sharpness_average(
         num_pairs=num_pairs,
         generator=analysis.generator("adaptive_sharpness_average"),
     )
+    # The loss at theta is in every rise, so its rounding does not average out.
+    rounding = analysis.rounding(analysis.value, analysis.value + estimate.value)
+    return replace(estimate, probe_error=math.hypot(estimate.probe_error or 0.0, rounding))

@@ -1,19 +1,17 @@
 """The norm of the gradient."""
 
-import torch
-
 from sharpkit.analysis import Analysis
 from sharpkit.measures.registry import register
-from sharpkit.results import Estimate
+from sharpkit.results import Cost, Estimate
 
-ROUNDING = 50  # gradients of examples cancel near a minimum; their rounding does not
+LARGEST_SHARE = 0.5  # of the value: with more rounding than this it is mostly rounding
 
 
 @register(
     "gradient_norm",
     symbol="|g|_2",
     reference="Zhao, Zhang, Hu 2022, arXiv:2202.03599",
-    cost="1 gradient",
+    cost="2 gradients, the second for the error",
     invariant_to={"permutation", "orthogonal"},
     degree=1,
     nonnegative=True,
@@ -24,14 +22,25 @@ def gradient_norm(analysis: Analysis) -> Estimate:
     .. math:: \|g\|_2, \quad g = \nabla L(\theta)
 
     The first-order rise of the loss over a ball of radius rho is rho times this norm. The
-    error is the rounding left by the sum over examples, estimated from the largest entry.
+    error is the rounding of the gradient in the model's precision, estimated by moving the
+    weights by their last digit: near a minimum the examples' gradients cancel, their
+    rounding does not.
 
     Args:
         analysis: What is measured.
     """
-    g = analysis.gradient.double()
-    eps = torch.finfo(analysis.objective.model_dtype).eps
-    # Rounding noise of each entry is a few eps of the terms that were added up. Their size
-    # is not known from the sum; the loss bounds it where the gradient is nearly zero.
-    noise = eps * (float(g.norm()) + ROUNDING * abs(analysis.value) + eps)
-    return Estimate(value=float(g.norm()), probe_error=noise, error_kind="rounding")
+    value, noise = float(analysis.gradient.double().norm()), analysis.noise[1]
+    notes: tuple[str, ...] = ()
+    if value > 0 and noise > LARGEST_SHARE * value:
+        notes = (
+            "The gradient is no larger than its own rounding. Measure with dtype=torch.float64"
+            " to see it.",
+        )
+    return Estimate(
+        value=value,
+        probe_error=noise,
+        error_kind="rounding",
+        converged=not notes,
+        cost=Cost(gradients=2),
+        notes=notes,
+    )

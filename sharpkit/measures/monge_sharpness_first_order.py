@@ -5,7 +5,7 @@ import math
 import torch
 
 from sharpkit.analysis import Analysis
-from sharpkit.errors import SettingsError
+from sharpkit.estimators.protocol import check_positive
 from sharpkit.measures.gradient_norm import gradient_norm
 from sharpkit.measures.registry import register
 from sharpkit.results import Estimate
@@ -15,7 +15,7 @@ from sharpkit.results import Estimate
     "monge_sharpness_first_order",
     symbol="rho |g| / sqrt(1 + a^2 |g|^2)",
     reference="Jacobsen and Arvanitidis 2025, arXiv:2502.08448",
-    cost="1 gradient",
+    cost="2 gradients, the second for the error",
     invariant_to={"permutation", "orthogonal"},
     degree=None,
     nonnegative=True,
@@ -37,16 +37,22 @@ def monge_sharpness_first_order(
         rho: Radius in the metric.
         alpha: Scale of the loss axis, at least 0 (our extension; the paper has 1).
     """
-    if not rho > 0:
-        raise SettingsError(f"Expected `rho` to be greater than 0. Got {rho!r}.")
-    if not alpha >= 0:
-        raise SettingsError(f"Expected `alpha` to be at least 0. Got {alpha!r}.")
+    check_positive("rho", rho)
+    check_positive("alpha", alpha, minimum=0)
     norm = gradient_norm(analysis)
     length, error = norm.value, norm.probe_error or 0.0
     stretch = math.sqrt(1 + (alpha * length) ** 2)
     eps = torch.finfo(analysis.objective.model_dtype).eps
     return Estimate(
         value=rho * length / stretch,
-        probe_error=rho * (error / stretch**3 + eps * length / stretch),
+        probe_error=rho * (_slope(length, error, alpha) * error + eps * length / stretch),
         error_kind="rounding",
+        converged=norm.converged,
+        cost=norm.cost,
+        notes=norm.notes,
     )
+
+
+def _slope(length: float, error: float, alpha: float) -> float:
+    # The steepest slope of n / sqrt(1 + a^2 n^2) within the error of n.
+    return math.sqrt(1 + (alpha * max(length - error, 0.0)) ** 2) ** -3

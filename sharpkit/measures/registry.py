@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import numbers
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -172,12 +173,17 @@ def _read(measure: str, key: str, value: Any, hint: Any) -> Any:
             if value is None or (isinstance(value, str) and value.lower() == "none"):
                 return None
         elif typing.get_origin(option) is Literal:
-            if value in typing.get_args(option):
+            if isinstance(value, str) and value in typing.get_args(option):
                 return value
-        elif isinstance(value, option) and not (isinstance(value, bool) and option is not bool):
-            return value
-        elif option is float and isinstance(value, int) and not isinstance(value, bool):
+        elif isinstance(value, bool):
+            if option is bool:
+                return value
+        elif option is int and isinstance(value, numbers.Integral):
+            return int(value)
+        elif option is float and isinstance(value, numbers.Real):
             return float(value)
+        elif option is str and isinstance(value, str):
+            return value
         elif isinstance(value, str) and option in (int, float):
             try:
                 return option(value)

@@ -12,7 +12,7 @@ from sharpkit.results import Estimate
     "sam_sharpness_one_step",
     symbol="L(theta + rho g/|g|) - L(theta)",
     reference="Foret et al. 2021, arXiv:2010.01412",
-    cost="1 gradient + 1 forward",
+    cost="3 gradients, two of them for the error",
     invariant_to={"permutation", "orthogonal"},
     degree=1,
     nonnegative=False,

@@ -15,11 +15,12 @@ from sharpkit.objective import products
 from sharpkit.objective.admission import HvpMode
 from sharpkit.objective.evaluator import Evaluator
 from sharpkit.objective.isolation import evaluation, is_out_of_memory
-from sharpkit.objective.products import GradientGraph, Named
+from sharpkit.objective.products import GradientGraph, LossOf, Named
 
 __all__ = ["HessianProducts"]
 
 PROBE_SHARE = 8  # the way to differentiate is tried on an eighth of the first batch
+DISAGREEMENT = 0.1  # of a product: what a lost part of the graph costs at least
 RESIDENT_PER_SAVED = 1.5  # a kept graph takes more than the tensors that it saves
 
 
@@ -194,11 +195,7 @@ class HessianProducts:
         return torch.stack(result, dim=1)
 
     def _gradient_at(self, point: Tensor) -> Tensor:
-        (column,) = products.columns(point[:, None], self._leaves)
-        theta = {
-            name: part.clone().requires_grad_()
-            for name, part in zip(self._leaves, column, strict=True)
-        }
+        theta = self._named(point)
         total = torch.zeros_like(point)
 
         def add(part: Tensor) -> None:
@@ -210,6 +207,11 @@ class HessianProducts:
             grad=True,
         )
         return total
+
+    def _named(self, point: Tensor) -> Named:
+        (column,) = products.columns(point[:, None], self._leaves)
+        parts = zip(self._leaves, column, strict=True)
+        return {name: part.clone().requires_grad_() for name, part in parts}
 
     # -- choice ----------------------------------------------------------------------
 
@@ -237,7 +239,7 @@ class HessianProducts:
         shape = (sum(t.numel() for t in self._leaves.values()), 2)
         V = torch.randn(shape, generator=generator).to(self._evaluator.device, self._dtype)
 
-        def one(batch: Any) -> tuple[Tensor, float, bool]:
+        def one(batch: Any) -> tuple[float, str | None]:
             size = trees.batch_size(batch) or 1
             piece = batch
             if self._evaluator.additive:
@@ -248,22 +250,24 @@ class HessianProducts:
                 return self._loss(theta, piece)
 
             if mode == "forward_over_reverse":
-                return products.forward_over_reverse(loss_of, self._leaves, V), 0.0, True
+                HV = products.forward_over_reverse(loss_of, self._leaves, V)
+                return 0.0, self._asymmetry(loss_of, V, HV)
             owned = [*self._leaves.values(), *self._evaluator._fixed.values()]
             with products.saved_bytes(owned) as saved:
                 graph = products.gradient_graph(loss_of(self._leaves), self._leaves)
                 HV = products.double_backward([graph], self._leaves, V, keep=True)
-            complete = len(graph.index) == sum(graph.used)
-            if not complete:  # is a gradient constant, or was its graph cut?
+            per_example = RESIDENT_PER_SAVED * saved.total / count
+            if len(graph.index) < sum(graph.used):  # a constant gradient, or a cut graph?
                 moved = {
                     n: (t.detach() * 1.01 + 1e-3).requires_grad_() for n, t in self._leaves.items()
                 }
-                complete = self._constant_gradients(loss_of, graph, moved)
-            return HV, RESIDENT_PER_SAVED * saved.total / count, complete
+                if not self._constant_gradients(loss_of, graph, moved):
+                    return per_example, "the backward pass of an operation is not differentiable"
+            return per_example, self._asymmetry(loss_of, V, HV)
 
-        found: list[tuple[Tensor, float, bool]] = []
+        found: list[tuple[float, str | None]] = []
 
-        def take(result: tuple[Tensor, float, bool]) -> bool:
+        def take(result: tuple[float, str | None]) -> bool:
             found.append(result)
             return True
 
@@ -273,20 +277,34 @@ class HessianProducts:
             raise
         except (RuntimeError, NotImplementedError) as error:
             return " ".join(str(error).split())[:160]
-        HV, per_example, complete = found[0]
-        if not complete:
-            return "the backward pass of an operation is not differentiable"
+        per_example, reason = found[0]
         self._bytes_per_example = max(self._bytes_per_example, per_example)
+        return reason
+
+    def _asymmetry(self, loss_of: LossOf, V: Tensor, HV: Tensor) -> str | None:
+        # A backward pass that lost a part of its graph gives products that are not symmetric.
+        # So does the Hessian of a loss near 0, which is mostly rounding; there differences of
+        # the gradient do not agree among themselves, and nothing is held against the products.
         M = (V.T @ HV).double()
         scale = (V.norm(dim=0).max() * HV.norm(dim=0).max()).double()
         slack = min(1e3 * torch.finfo(self._evaluator.coarsest_dtype(self._leaves)).eps, 0.2)
-        if not bool((M[0, 1] - M[1, 0]).abs() <= slack * scale):
-            return "its products are not symmetric"
-        return None
+        if bool((M[0, 1] - M[1, 0]).abs() <= slack * scale):
+            return None
 
-    def _constant_gradients(
-        self, loss_of: Callable[[Named], Tensor], graph: GradientGraph, moved: Named
-    ) -> bool:
+        def gradient_at(point: Tensor) -> Tensor:
+            theta = self._named(point)
+            return products.flat_gradient(loss_of(theta), theta, self._dtype)[0]
+
+        try:
+            like = list(self._leaves.values())
+            theta = products.flat(like, like, self._dtype)
+            difference, _ = products.central_difference(gradient_at, theta, V[:, 0])
+        except ObjectiveError:
+            return None
+        gap = float((difference - HV[:, 0]).norm()) / float(difference.norm())
+        return "its products are not symmetric" if gap > DISAGREEMENT else None
+
+    def _constant_gradients(self, loss_of: LossOf, graph: GradientGraph, moved: Named) -> bool:
         here = torch.autograd.grad(
             loss_of(self._leaves), list(self._leaves.values()), allow_unused=True
         )

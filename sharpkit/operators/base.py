@@ -158,7 +158,9 @@ class SymmetricOperator:
         return torch.cat([self @ piece for piece in torch.split(eye, block, dim=1)], dim=1)
 
     def check_symmetric(self, generator: torch.Generator, *, tolerance: float = 1e-3) -> float:
-        """Return ``|u.Av - v.Au|`` relative to the products' size, for random u and v.
+        """Return ``|u.Av - v.Au|`` relative to ``|Au|`` and ``|Av|``, for random normal u and v.
+
+        Both are of the size of the Frobenius norm, of A's skew part and of A, whatever P.
 
         Costs two products.
 
@@ -167,7 +169,7 @@ class SymmetricOperator:
         """
         u, v = torch.randn(2, self.dim, generator=generator, dtype=self.dtype, device=self.device)
         Au, Av = self @ u, self @ v
-        scale = float(u.norm() * Av.norm() + v.norm() * Au.norm())
+        scale = float(Av.norm() + Au.norm())
         gap = abs(float(u @ Av) - float(v @ Au)) / scale if scale > 0 else 0.0
         if gap > tolerance:
             raise OperatorError(
