@@ -168,7 +168,7 @@ class Analysis:
     def _logarithmic(self) -> bool:
         # Whether the loss may be a logarithm of probabilities near 1. These are rounded to
         # eps, and so are their logarithms and slopes, however small the loss is.
-        criterion = getattr(self.objective._evaluator.batch_loss, "criterion", None)
+        criterion = self.objective.criterion
         return abs(self.value) < 1 and not (
             isinstance(criterion, DISTANCES) or criterion in DISTANCE_FUNCTIONS
         )

@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "top_eigenvalues": {"k": 1, "which": "largest"},
     "hessian_trace": {"num_probes": 24},
     "adam_sharpness": {"num_probes": 24},
+    "adaptive_sharpness_average": {"num_pairs": 60},
 }
 SLICE_POINTS = 41
 

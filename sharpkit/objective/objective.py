@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 import gc
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sharpkit.errors import ObjectiveError, ShapeError, SharpkitWarning
+from sharpkit.errors import ObjectiveError, ShapeError
 from sharpkit.objective import batches as trees
 from sharpkit.objective import products
 from sharpkit.objective.admission import HvpMode, refuse_training_mode, trainable, validate
+from sharpkit.objective.bookkeeping import Tally, UnusedWarning
 from sharpkit.objective.evaluator import Evaluator
 from sharpkit.objective.hessian import HessianProducts
 from sharpkit.objective.isolation import unwrap
@@ -26,33 +25,6 @@ from sharpkit.parameters import ParameterSpace, Selection, select_names
 from sharpkit.results import Cost
 
 __all__ = ["Objective"]
-
-
-@dataclass
-class _Tally:
-    hvps: int = 0
-    gradients: int = 0
-    forwards: int = 0
-
-
-class _UnusedWarning:
-    """Warns once of parameters that the loss does not use, over all points of an objective."""
-
-    def __init__(self, names: tuple[str, ...]):
-        self._names, self._said = names, False
-
-    def __call__(self, used: list[bool]) -> None:
-        if self._said or all(used):
-            return
-        self._said = True
-        unused = [n for n, flag in zip(self._names, used, strict=True) if not flag]
-        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" * (len(unused) > 5))
-        warnings.warn(
-            f"The loss does not depend on {shown}: their gradient and curvature are zero."
-            " Leave them out with params=... if this is not meant.",
-            SharpkitWarning,
-            stacklevel=4,
-        )
 
 
 class Objective:
@@ -219,9 +191,9 @@ class Objective:
         start = {n: self._evaluator.cast(parameters[n].detach()) for n in names}
         self.space = ParameterSpace.of(start)
         self._leaves = _leaves(start)
-        self._tally = _Tally()
+        self._tally = Tally()
         self._started = time.perf_counter()
-        self._warn_unused = _UnusedWarning(self.space.names)
+        self._warn_unused = UnusedWarning(self.space.names)
         self._requested_mode: HvpMode = hvp_mode
         self._hessian = HessianProducts(
             self._evaluator,
@@ -261,6 +233,12 @@ class Objective:
     def data_fingerprint(self) -> str:
         """A hash of the examples that depends neither on their order nor on batches."""
         return self._evaluator.fingerprint
+
+    @property
+    def criterion(self) -> Callable[..., Tensor] | None:
+        """The criterion of ``(outputs, targets)``; None for a batch loss."""
+        loss = self._evaluator.batch_loss
+        return loss.criterion if isinstance(loss, CriterionLoss) else None
 
     @property
     def model_dtype(self) -> torch.dtype:
@@ -312,7 +290,7 @@ class Objective:
         other._evaluator = self._evaluator.restrict(
             {n: t.detach() for n, t in self._leaves.items() if n not in chosen}
         )
-        other._warn_unused = _UnusedWarning(other.space.names)
+        other._warn_unused = UnusedWarning(other.space.names)
         other._hessian = HessianProducts(
             other._evaluator,
             other._leaves,
