@@ -17,6 +17,9 @@ HvpMode: TypeAlias = Literal[
 ]
 
 
+EVALUATION_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
 def validate(
     model: Any, dtype: torch.dtype | None, hvp_mode: str, memory_budget: int | None
 ) -> None:
@@ -26,9 +29,10 @@ def validate(
             f"Expected `model` to be a torch.nn.Module. Got {type(model).__name__}. For a"
             " checkpoint file build the model first and load the weights into it."
         )
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype is not None and dtype not in EVALUATION_DTYPES:
         raise ObjectiveError(
-            f"Expected `dtype` to be a floating dtype such as torch.float64. Got {dtype}."
+            "Expected `dtype` to be torch.float32 or torch.float64 (or torch.bfloat16), in"
+            f" which second derivatives have the range they need. Got {dtype}."
         )
     if hvp_mode not in get_args(HvpMode):
         raise ObjectiveError(
@@ -64,10 +68,11 @@ def trainable(model: nn.Module, params: Selection, evaluated_in: torch.dtype | N
             raise ObjectiveError(
                 f"Expected real parameters. {name!r} is {dtype}. Leave it out with params=..."
             )
-        if dtype == torch.float16 and evaluated_in is None:
+        if dtype not in EVALUATION_DTYPES and evaluated_in is None:
             raise ObjectiveError(
-                f"Expected parameters of at least bfloat16's range. {name!r} is float16, in"
-                " which second derivatives under- and overflow. Pass dtype=torch.float32."
+                f"Expected parameters of at least bfloat16's range. {name!r} is"
+                f" {str(dtype).removeprefix('torch.')}, in which second derivatives under-"
+                " and overflow. Pass dtype=torch.float32."
             )
     return names
 

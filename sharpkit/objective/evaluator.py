@@ -1,12 +1,14 @@
-"""The loss of batches as a function of named parameters: model, data and their checks."""
+"""The loss of batches as a function of named parameters, leaving the model untouched."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,36 +16,42 @@ from torch.func import functional_call
 
 from sharpkit.errors import ObjectiveError, SharpkitWarning
 from sharpkit.objective import batches as trees
-from sharpkit.objective.isolation import evaluation, is_out_of_memory
+from sharpkit.objective.isolation import PASS_SEED, evaluation, is_out_of_memory, recording
 from sharpkit.objective.losses import BatchLoss, CriterionLoss
 from sharpkit.objective.products import Named
 
-__all__ = ["Evaluator"]
+__all__ = ["Evaluator", "OrderChanged"]
 
 T = TypeVar("T")
 
-CACHE_SHARE = 4  # batches are kept in memory if they take at most a quarter of the budget
-CHECK_SEED = 7  # another random state than that of the passes
+
+class OrderChanged(Exception):  # noqa: N818  (a message inside the package, never seen)
+    """The data came in another order than when their first pieces were kept."""
+
+
+class HoldsMemory(Protocol):
+    """Something that can let go of memory when a pass over the data needs it."""
+
+    def give_up(self) -> bool:
+        """Free what is held; return whether anything was."""
 
 
 class _Bound(nn.Module):
-    # Puts the user's module and batch loss under one forward(), so that functional_call
-    # exchanges the parameters for any method that the batch loss calls.
-    def __init__(self, model: nn.Module, batch_loss: BatchLoss):
+    # Puts the user's module under one forward(), so that functional_call exchanges the
+    # parameters for any method that the batch loss calls, and for as long as work lasts.
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self._batch_loss = batch_loss
 
-    def forward(self, batch: Any, outputs_only: bool) -> Any:
-        if outputs_only:
-            assert isinstance(self._batch_loss, CriterionLoss)
-            inputs, targets = self._batch_loss.unpack(batch)
-            return self._batch_loss.outputs(self.model, inputs), targets
-        return self._batch_loss(self.model, batch)
+    def forward(self, work: Callable[[nn.Module], Any]) -> Any:
+        return work(self.model)
 
 
 class Evaluator:
     """Evaluate loss sums of batches at any parameters, leaving the model untouched.
+
+    What the loss depends on is copied: frozen parameters, buffers, the training flags of
+    modules and the criterion's own tensors may change afterwards without being seen.
 
     Args:
         model: The user's module, unwrapped. It is read, never written.
@@ -51,8 +59,6 @@ class Evaluator:
         data: A re-iterable of batches.
         names: The parameters that vary; all others keep their values.
         dtype: Floating dtype to evaluate in; ``None`` keeps the model's.
-        budget: Memory in bytes, of which a share may hold the batches.
-        check: Whether to verify determinism, additivity and the data's repeatability.
     """
 
     def __init__(
@@ -63,31 +69,38 @@ class Evaluator:
         names: list[str],
         *,
         dtype: torch.dtype | None,
-        budget: int,
-        check: bool,
     ):
-        self.model, self.batch_loss, self.dtype = model, batch_loss, dtype
-        self._bound = _Bound(model, batch_loss)
+        self.model, self.dtype = model, dtype
         parameters = dict(model.named_parameters())
-        self.device = parameters[names[0]].device
-        fixed = {n: p.detach() for n, p in parameters.items() if n not in set(names)}
-        self._pristine = {n: b.detach() for n, b in model.named_buffers()}
-        self._fixed = {n: self.cast(t) for n, t in fixed.items()}
+        self.device = next(iter(parameters.values())).device  # where the data go
+        self.batch_loss: BatchLoss = batch_loss
+        if isinstance(batch_loss, CriterionLoss):
+            self.batch_loss = batch_loss.to(parameters[names[-1]].device, dtype)
+        self._bound = _Bound(model)
+        chosen = set(names)
+        self.fixed = {
+            n: self.cast(p.detach().clone()) for n, p in parameters.items() if n not in chosen
+        }
+        self._pristine = {n: b.detach().clone() for n, b in model.named_buffers()}
+        self._flags = {module: module.training for module in model.modules()}
         self._snapshot_buffers()
         self._data = data
+        self._generators = trees.generators(data)
         self.cached = False
+        self.shared: set[str] = set()
+        self.always_grad = False
         self.micro_batch: int | None = None
         self.additive = False
         self.num_batches = self.num_examples = 0
-        self.num_terms = 0.0
+        self.num_terms = 1.0
         self.fingerprint = ""
-        self._first_pass({n: self.cast(parameters[n].detach()) for n in names}, budget, check)
+        self.holders: weakref.WeakSet[HoldsMemory] = weakref.WeakSet()
 
-    # -- evaluation ------------------------------------------------------------------
+    # -- one batch -------------------------------------------------------------------
 
     def loss(self, theta: Named, batch: Any) -> tuple[Tensor, float]:
         """Return the loss sum and the number of terms of one batch."""
-        result = self._call(theta, batch, outputs_only=False)
+        result = self.bound(theta, lambda model: self.batch_loss(model, batch))
         if not isinstance(result, tuple) or len(result) != 2:
             raise ObjectiveError(
                 "Expected `batch_loss(model, batch)` to return (loss_sum, num_terms)."
@@ -110,15 +123,21 @@ class Evaluator:
         """Return what a batch contributes to L: batches simply add up."""
         return self.loss(theta, batch)[0] / self.num_terms
 
-    def outputs(self, theta: Named, batch: Any) -> tuple[Tensor, Any]:
+    def outputs(self, theta: Named, batch: Any) -> tuple[Any, Any]:
         """Return the network's outputs and the targets; needs a criterion."""
-        outputs, targets = self._call(theta, batch, outputs_only=True)
-        return outputs, targets
+        criterion = self.batch_loss
+        assert isinstance(criterion, CriterionLoss)
+        inputs, targets = criterion.unpack(batch)
+        return self.bound(theta, lambda model: criterion.outputs(model, inputs)), targets
 
-    def _call(self, theta: Named, batch: Any, outputs_only: bool) -> Any:
-        state = {**self._fixed, **self._buffers, **theta}
+    def bound(self, theta: Named, work: Callable[[nn.Module], T]) -> T:
+        """Return ``work(model)`` with the model at theta.
+
+        Backward passes belong inside too: activation checkpoints run the model again.
+        """
+        state = {**self.fixed, **self._buffers, **theta}
         named = {f"model.{name}": tensor for name, tensor in state.items()}
-        result = functional_call(self._bound, named, (batch, outputs_only))
+        result: T = functional_call(self._bound, named, (work,))
         for name, buffer in self._buffers.items():
             if buffer._version != self._versions[name]:
                 self._snapshot_buffers()  # the user's own buffers were never written
@@ -128,13 +147,29 @@ class Evaluator:
                 )
         return result
 
+    # -- all batches -----------------------------------------------------------------
+
+    def context(
+        self, *, grad: bool, seed: int = PASS_SEED
+    ) -> contextlib.AbstractContextManager[None]:
+        """Return the surroundings of every evaluation."""
+        return evaluation(
+            self.model,
+            grad=grad or self.always_grad,
+            seed=seed,
+            flags=self._flags,
+            generators=self._generators,
+        )
+
     def each(
         self,
         function: Callable[[Any], T],
         consume: Callable[[T], bool | None],
         *,
         grad: bool,
-        skip: int = 0,
+        theta: Named | None = None,
+        seen: Sequence[int | None] = (),
+        own: bool = False,
     ) -> None:
         """Call ``consume(function(batch))`` for the pieces of the data, in order.
 
@@ -144,59 +179,104 @@ class Evaluator:
             function: Called inside :func:`evaluation`.
             consume: Takes each result; returning True ends the pass.
             grad: Whether autograd records.
-            skip: Number of leading pieces to leave out.
+            theta: The parameters that the model holds while function runs.
+            seen: Fingerprints of leading pieces to leave out; ``None``: known to be fixed.
+            own: Whether the pieces must not share memory with the user's batches.
+
+        Raises:
+            OrderChanged: If a piece left out is not the one that was seen.
         """
-        with evaluation(self.model, grad=grad):
-            count = 0
-            for batch in self._data:
-                todo = self._pieces(batch)
-                while todo:
-                    piece = todo.pop(0)
-                    count += 1
-                    if count <= skip:
-                        continue
-                    result = self._attempt(function, piece)
-                    if result is None:
-                        todo = [p for q in [piece, *todo] for p in self._pieces(q)]
-                        count -= 1
-                    elif consume(result[0]):
-                        return
 
-    def _pieces(self, batch: Any) -> list[Any]:
-        batch = batch if self.cached else trees.move(batch, self.device, self.dtype)
-        return trees.split(batch, self.micro_batch) if self.micro_batch else [batch]
+        def work(piece: Any) -> T:
+            if theta is None:
+                return function(piece)
+            return self.bound(theta, lambda _: function(piece))
 
-    def _attempt(self, function: Callable[[Any], T], piece: Any) -> tuple[T] | None:
+        with self.context(grad=grad):
+            iterator = iter(self._data)
+            try:
+                count = 0
+                for batch in iterator:
+                    todo = self._pieces(batch, own)
+                    while todo:
+                        piece = todo.pop(0)
+                        if count < len(seen):
+                            mark = seen[count]
+                            if mark is not None and mark != trees.fingerprint(piece):
+                                raise OrderChanged
+                            count += 1
+                            continue
+                        result = self._attempt(work, piece, grad=grad)
+                        if result is None:
+                            todo = [p for q in [piece, *todo] for p in self._pieces(q)]
+                        elif consume(result[0]):
+                            return
+            finally:
+                if callable(close := getattr(iterator, "close", None)):
+                    close()  # a generator ends here, where what it changes is put back
+
+    def _pieces(self, batch: Any, own: bool = False) -> list[Any]:
+        if not self.cached:
+            batch = trees.move(batch, self.device, self.dtype, own=own)
+        return self.split(batch, self.micro_batch) if self.micro_batch else [batch]
+
+    def split(self, batch: Any, size: int) -> list[Any]:
+        """Return pieces of at most ``size`` examples."""
+        return trees.split(batch, size, self.shared)
+
+    def _attempt(self, function: Callable[[Any], T], piece: Any, *, grad: bool) -> tuple[T] | None:
         try:
-            return (function(piece),)
+            with recording(grad or self.always_grad):  # a loader may have switched it off
+                return (function(piece),)
         except Exception as error:
+            if "Checkpointing is not compatible" in str(error) or "use_reentrant" in str(error):
+                raise ObjectiveError(
+                    "Expected activation checkpoints that torch.autograd.grad can see. Got"
+                    " reentrant ones. Use torch.utils.checkpoint with use_reentrant=False."
+                ) from error
             if not is_out_of_memory(error):
                 raise
-            size = trees.batch_size(piece)
-            if not self.additive or size is None or size < 2:
-                raise ObjectiveError(
-                    f"Memory ran out on a batch of {size} examples that cannot be cut"
-                    f" further ({str(error).splitlines()[0]}). Use smaller batches, fewer"
-                    " parameters (params=...), or a device with more memory."
-                ) from error
+            size, reason = trees.batch_size(piece), str(error)
         # The handler is left, so the failed graph is free before the next try.
-        self.micro_batch = (size + 1) // 2
+        freed = [holder.give_up() for holder in list(self.holders)]  # all of them
+        if any(freed):
+            warnings.warn(
+                "Memory ran out while gradient graphs were kept: they are freed, and fewer"
+                " will be kept. The result is the same, only slower.",
+                SharpkitWarning,
+                stacklevel=2,
+            )
+        elif not self.additive or size is None or size < 2:
+            raise memory_error(size, reason)
+        else:
+            self.micro_batch = (size + 1) // 2
+            warnings.warn(
+                f"Memory ran out on a batch of {size} examples: going on with micro-batches"
+                f" of {self.micro_batch}. The result is the same, only slower.",
+                SharpkitWarning,
+                stacklevel=2,
+            )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        warnings.warn(
-            f"Memory ran out on a batch of {size} examples: going on with micro-batches of"
-            f" {self.micro_batch}. The result is the same, only slower.",
-            SharpkitWarning,
-            stacklevel=2,
-        )
         return None
 
-    # -- construction ----------------------------------------------------------------
+    # -- variants --------------------------------------------------------------------
 
     def restrict(self, fixed: Named) -> Evaluator:
         """Return the same evaluator with further parameters held fixed."""
         other = copy.copy(self)
-        other._fixed = {**self._fixed, **fixed}
+        other.fixed = {**self.fixed, **fixed}
+        return other
+
+    def in_double(self) -> Evaluator:
+        """Return the same evaluator in float64."""
+        other = copy.copy(self)
+        other.dtype, other.cached = torch.float64, False
+        other.fixed = {n: other.cast(t) for n, t in self.fixed.items()}
+        if isinstance(self.batch_loss, CriterionLoss):
+            other.batch_loss = self.batch_loss.to(self.device, torch.float64)
+        other._snapshot_buffers()
+        other.holders = weakref.WeakSet()
         return other
 
     def cast(self, tensor: Tensor) -> Tensor:
@@ -204,147 +284,20 @@ class Evaluator:
         return tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor
 
     def _snapshot_buffers(self) -> None:
-        self._buffers = {n: self.cast(b).clone() for n, b in self._pristine.items()}
+        with recording(grad=False):
+            self._buffers = {n: self.cast(b).clone() for n, b in self._pristine.items()}
         self._versions = {n: b._version for n, b in self._buffers.items()}
-
-    def _first_pass(self, theta: Named, budget: int, check: bool) -> None:
-        kept: list[Any] | None = []
-        size_bytes = 0
-        marks = 0
-        with evaluation(self.model, grad=False):
-            for index, raw in enumerate(self._data):
-                batch = trees.move(raw, self.device, self.dtype)
-                marks = (marks + trees.fingerprint(raw)) % 2**128
-                size_bytes += trees.batch_bytes(batch)
-                if kept is not None and size_bytes <= budget // CACHE_SHARE:
-                    kept.append(batch)
-                else:
-                    kept = None
-                self.num_batches += 1
-                self.num_examples += trees.batch_size(batch) or 0
-                if index == 0 and check:
-                    self._check_first(theta, batch)
-        if self.num_batches == 0:
-            raise ObjectiveError(
-                "Expected data with at least one batch. Got none. Is the loader empty"
-                " (drop_last on a small data set), or the path wrong? Look at len(list(data))."
-            )
-        self.fingerprint = f"{marks:032x}"
-        if check:
-            self._check_same_data(marks)
-        if kept is not None:
-            self._data, self.cached = kept, True
-        self.initial_value = self._count_terms(theta)
-
-    def _count_terms(self, theta: Named) -> float:
-        total, count, seen = 0.0, 0.0, 0
-
-        def add(result: tuple[Tensor, float]) -> None:
-            nonlocal total, count, seen
-            value = float(result[0].double())
-            if not math.isfinite(value):
-                raise ObjectiveError(
-                    f"Expected a finite loss. It is {value} on batch {seen}. Look for NaN in"
-                    " the data, a diverged model, or a loss that takes log(0)."
-                )
-            total, count, seen = total + value, count + result[1], seen + 1
-
-        self.each(lambda batch: self._first(theta, batch), add, grad=False)
-        if count == 0:
-            raise ObjectiveError(
-                "Expected at least one loss term. All targets are masked (ignore_index)."
-            )
-        self.num_terms = count
-        return total / count
-
-    def _first(self, theta: Named, batch: Any) -> tuple[Tensor, float]:
-        try:
-            return self.loss(theta, batch)
-        except ObjectiveError:
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            shapes = [
-                f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
-                for _, leaf in trees.leaves(batch)
-                if isinstance(leaf, Tensor)
-            ]
-            raise ObjectiveError(
-                "The model or the loss failed on a batch with tensors"
-                f" {', '.join(shapes) or 'of no kind'}: {type(error).__name__}:"
-                f" {' '.join(str(error).split())[:300]} Check that the data fit the model"
-                " and the loss."
-            ) from error
-
-    def _check_first(self, theta: Named, batch: Any) -> None:
-        # Deterministic? A second evaluation from another random state must be the same.
-        while True:
-            try:
-                losses = []
-                for seed in (CHECK_SEED, CHECK_SEED + 1):
-                    with evaluation(self.model, grad=False, seed=seed):
-                        loss, terms = self._first(theta, batch)
-                    losses.append(float(loss.double()))
-                break
-            except Exception as error:
-                size = trees.batch_size(batch) or 0
-                if not is_out_of_memory(error) or size < 2:
-                    raise
-            batch = trees.split(batch, (size + 1) // 2)[0]  # a part of it tells as much
-        first, second = losses
-        slack = 100 * torch.finfo(self.coarsest_dtype(theta)).eps * max(abs(first), 1e-30)
-        if abs(first - second) > slack:
-            raise ObjectiveError(
-                "Expected the same loss from the same batch twice. Got"
-                f" {first:.6g} and {second:.6g}: dropout, noise or sampling is active."
-                " Call model.eval() and make the loss deterministic."
-            )
-        self._check_additive(theta, batch, first, terms)
-
-    def _check_additive(self, theta: Named, batch: Any, whole: float, terms: float) -> None:
-        # The loss of a batch must be a sum over its examples: halves must add up.
-        size = trees.batch_size(batch) or 0
-        if size < 2 or not math.isfinite(whole):  # the latter is refused with its own words
-            self.additive = True
-            return
-        is_criterion = isinstance(self.batch_loss, CriterionLoss)
-        try:
-            with evaluation(self.model, grad=False):
-                halves = [self.loss(theta, piece) for piece in trees.split(batch, (size + 1) // 2)]
-        except Exception as error:
-            if is_criterion and isinstance(error, ObjectiveError):
-                raise
-            return  # a batch that cannot be cut: it is used as it stands
-        total = sum(float(loss.double()) for loss, _ in halves)
-        count = sum(n for _, n in halves)
-        eps = torch.finfo(self.coarsest_dtype(theta)).eps
-        slack = max(1e4 * eps, 1e-9)
-        same = abs(total - whole) <= slack * (abs(whole) + sum(abs(float(x)) for x, _ in halves))
-        self.additive = same and abs(count - terms) <= 1e-6 * max(terms, 1.0)
-        if is_criterion and not self.additive:
-            raise ObjectiveError(
-                "Expected a loss that is the mean over its terms, so that the halves of a"
-                f" batch add up to the whole. Got {whole:.6g} for the batch and {total:.6g}"
-                " for its halves. Use reduction='mean'; give num_terms= if the loss divides"
-                " by something other than the number of targets; make sure that no layer"
-                " mixes examples (BatchNorm without running statistics); or use"
-                " Objective.from_batch_loss, whose batches are taken as they are."
-            )
-
-    def _check_same_data(self, marks: int) -> None:
-        again = 0
-        with evaluation(self.model, grad=False, seed=CHECK_SEED):
-            for raw in self._data:
-                again = (again + trees.fingerprint(raw)) % 2**128
-        if again != marks:
-            raise ObjectiveError(
-                "Expected the same examples in every pass over the data. Two passes"
-                " differ: random augmentation, sampling, or drop_last with shuffling. Use"
-                " deterministic transforms and shuffle=False."
-            )
 
     @staticmethod
     def coarsest_dtype(theta: Named) -> torch.dtype:
         """Return the dtype that decides how well two evaluations can agree."""
         return max((t.dtype for t in theta.values()), key=lambda d: torch.finfo(d).eps)
+
+
+def memory_error(size: int | None, reason: str) -> ObjectiveError:
+    """Return what to raise when memory runs out and nothing can be made smaller."""
+    return ObjectiveError(
+        f"Memory ran out on a batch of {size} examples that cannot be cut further"
+        f" ({reason.splitlines()[0] if reason else 'out of memory'}). Use smaller batches,"
+        " fewer parameters (params=...), or a device with more memory."
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,15 +15,22 @@ from sharpkit.errors import ObjectiveError, SharpkitWarning
 from sharpkit.objective import batches as trees
 from sharpkit.objective import products
 from sharpkit.objective.admission import HvpMode
-from sharpkit.objective.evaluator import Evaluator
-from sharpkit.objective.isolation import evaluation, is_out_of_memory
-from sharpkit.objective.products import GradientGraph, LossOf, Named
+from sharpkit.objective.evaluator import Evaluator, OrderChanged
+from sharpkit.objective.isolation import is_out_of_memory
+from sharpkit.objective.probing import gradient_graph, try_way
+from sharpkit.objective.products import GradientGraph, Named
 
 __all__ = ["HessianProducts"]
 
-PROBE_SHARE = 8  # the way to differentiate is tried on an eighth of the first batch
-DISAGREEMENT = 0.1  # of a product: what a lost part of the graph costs at least
-RESIDENT_PER_SAVED = 1.5  # a kept graph takes more than the tensors that it saves
+COARSE = 1e-4  # the eps of a dtype (bfloat16) that has no room for differences
+
+
+@dataclass
+class _Kept:
+    # The graph of a piece, what it takes, and which piece it is of.
+    graph: GradientGraph
+    size: float
+    mark: int | None
 
 
 class HessianProducts:
@@ -33,7 +42,7 @@ class HessianProducts:
         dtype: The dtype of vectors.
         mode: The way asked for.
         budget: Bytes that kept graphs may take.
-        warn_unused: Told which parameters the loss uses, after a whole pass.
+        note_used: Told which parameters the loss uses, after a whole pass.
     """
 
     def __init__(
@@ -43,14 +52,19 @@ class HessianProducts:
         dtype: torch.dtype,
         mode: HvpMode,
         budget: int,
-        warn_unused: Callable[[list[bool]], None],
+        note_used: Callable[[list[bool]], None],
     ):
         self._evaluator, self._leaves, self._dtype = evaluator, leaves, dtype
-        self._requested, self._budget, self._warn_unused = mode, budget, warn_unused
+        self._requested, self._note_used = mode, note_used
+        self._budget = math.inf if mode == "kept" else float(budget)
+        self._given_budget = budget
         self.mode: str | None = None
         self.error = 0.0  # largest relative disagreement of central differences
+        self._way: str | None = None
         self._bytes_per_example = 0.0
+        self._kept: list[_Kept] = []
         self.reset()
+        evaluator.holders.add(self)
 
     def at(self, leaves: Named) -> HessianProducts:
         """Return the products at other leaves, with the way already chosen."""
@@ -59,111 +73,169 @@ class HessianProducts:
             leaves,
             self._dtype,
             self._requested,
-            self._budget,
-            self._warn_unused,
+            self._given_budget,
+            self._note_used,
         )
-        other.mode = self.mode
+        other.mode, other._way, other._budget = self.mode, self._way, self._budget
         other._bytes_per_example = self._bytes_per_example
         return other
 
     def reset(self) -> None:
         """Let go of the kept graphs."""
-        self._graphs: list[GradientGraph] | None = None
-        self._graphs_cut: int | None = None
+        self._kept.clear()
+        self._built = False
+        self._built_for: int | None = None
         self._streams = True
+
+    def give_up(self) -> bool:
+        """Free the kept graphs because memory ran out, and keep fewer from now on."""
+        if not self._kept:
+            return False
+        self._budget = min(self._budget, sum(kept.size for kept in self._kept)) / 2
+        self.reset()
+        return True
 
     def __call__(self, V: Tensor) -> Tensor:
         """Return ``H V [P, K]``."""
-        if self.mode is None:
-            self.mode = self._choose_mode()
-        if self.mode == "forward_over_reverse":
+        if V.shape[1] == 0:
+            return torch.zeros_like(V)
+        if self._way is None:
+            self._way = self._choose_way()
+        if self._way == "forward_over_reverse":
+            self.mode = self._way
             return self._forward_over_reverse(V)
-        if self.mode == "central_difference":
+        if self._way == "central_difference":
+            self.mode = self._way
             return self._central(V)
         return self._double_backward(V)
 
     def _loss(self, theta: Named, batch: Any) -> Tensor:
         return self._evaluator.share(theta, batch)
 
-    def _sum(self, term: Callable[[Any], Tensor], V: Tensor, skip: int = 0) -> Tensor:
+    def _sum(
+        self, term: Callable[[Any], Tensor], V: Tensor, seen: list[int | None] | None = None
+    ) -> Tensor:
         total = torch.zeros_like(V)
 
         def add(part: Tensor) -> None:
             total.add_(part)
 
-        self._evaluator.each(term, add, grad=True, skip=skip)
+        self._evaluator.each(term, add, grad=True, theta=self._leaves, seen=seen or ())
         return total
 
     # -- double backward -------------------------------------------------------------
 
     def _double_backward(self, V: Tensor) -> Tensor:
-        graphs = self._current_graphs()
-        total = torch.zeros_like(V)
-        if graphs:
+        while True:
+            self._build()
+            total = self._of_graphs(V)
+            if total is None:  # memory ran out: fewer graphs are kept now
+                continue
+            if not self._streams:
+                self.mode = "kept"
+                return total
+            seen = [kept.mark for kept in self._kept]
+            self.mode = f"kept {len(seen)} batches, streamed the rest" if seen else "streamed"
             try:
-                with evaluation(self._evaluator.model, grad=True):
-                    total += products.double_backward(graphs, self._leaves, V, keep=True)
-            except Exception as error:
-                if not is_out_of_memory(error) or self._requested == "kept":
-                    raise
-                self.mode = "streamed"
-        if self.mode == "streamed" and graphs:  # memory ran out just now: start again
-            total.zero_()
-            self.reset()
-            graphs = self._current_graphs()
-        if self._streams:
+                return total + self._streamed(V, seen)
+            except OrderChanged:
+                self.reset()
+                self._budget = 0.0
+                warnings.warn(
+                    "The data come in another order in every pass, so no part of the"
+                    " gradient graphs can be kept. The result is the same, only slower;"
+                    " use shuffle=False.",
+                    SharpkitWarning,
+                    stacklevel=5,
+                )
 
-            def one(batch: Any) -> Tensor:
-                graph = products.gradient_graph(self._loss(self._leaves, batch), self._leaves)
-                return products.double_backward([graph], self._leaves, V, keep=False)
+    def _of_graphs(self, V: Tensor) -> Tensor | None:
+        if not self._kept:
+            return torch.zeros_like(V)
 
-            total += self._sum(one, V, skip=len(graphs))
+        def work(_: object) -> Tensor:
+            graphs = [kept.graph for kept in self._kept]
+            return products.double_backward(graphs, self._leaves, V, keep=True)
+
+        try:
+            with self._evaluator.context(grad=True):
+                return self._evaluator.bound(self._leaves, work)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self.give_up()
+        warnings.warn(
+            "Memory ran out with all gradient graphs kept: fewer are kept from now on. The"
+            " result is the same, only slower.",
+            SharpkitWarning,
+            stacklevel=5,
+        )
+        return None
+
+    def _streamed(self, V: Tensor, seen: list[int | None]) -> Tensor:
+        used = [False] * len(self._leaves)
+
+        def one(batch: Any) -> tuple[Tensor, list[bool]]:
+            graph = products.gradient_graph(self._loss(self._leaves, batch), self._leaves)
+            return products.double_backward([graph], self._leaves, V, keep=False), graph.used
+
+        total = torch.zeros_like(V)
+        for kept in self._kept:
+            _note(used, kept.graph.used)
+
+        def add(result: tuple[Tensor, list[bool]]) -> None:
+            total.add_(result[0])
+            _note(used, result[1])
+
+        self._evaluator.each(one, add, grad=True, theta=self._leaves, seen=seen)
+        self._note_used(used)
         return total
 
-    def _current_graphs(self) -> list[GradientGraph]:
+    def _build(self) -> None:
         # Graphs belong to one way of cutting the batches: when that changed, build anew.
-        while self._graphs is None or self._graphs_cut != self._evaluator.micro_batch:
+        while not self._built or self._built_for != self._evaluator.micro_batch:
             self.reset()
-            self._graphs_cut = self._evaluator.micro_batch
-            self._graphs = self._build_graphs()
-        return self._graphs
+            if self._requested == "streamed":
+                self._built, self._built_for = True, self._evaluator.micro_batch
+                return
+            self._built_for = self._evaluator.micro_batch
+            self._build_once()
 
-    def _build_graphs(self) -> list[GradientGraph]:
+    def _build_once(self) -> None:
         # Keep the graphs of leading batches while the budget lasts; the rest is streamed.
-        self._streams = True
-        if self.mode == "streamed":
-            return []
-        room = float("inf") if self._requested == "kept" else float(self._budget)
+        evaluator = self._evaluator
+        self._built = True  # unless memory runs out: give_up() takes it back
+        room = self._budget
         overhead = sum(t.numel() for t in self._leaves.values()) * self._dtype.itemsize
-        graphs: list[GradientGraph] = []
         used = [False] * len(self._leaves)
         full = False
 
-        def one(batch: Any) -> tuple[GradientGraph, float] | None:
+        def one(batch: Any) -> _Kept | None:
             need = (trees.batch_size(batch) or 1) * self._bytes_per_example + overhead
             if need > room:
                 return None
-            loss = self._loss(self._leaves, batch)
-            return products.gradient_graph(loss, self._leaves), need
+            graph, size = gradient_graph(evaluator, self._leaves, batch)
+            # The data of a batch may stay the same; their order need not.
+            mark = None if evaluator.cached else trees.fingerprint(batch)
+            return _Kept(graph, size + overhead, mark)  # some batches are longer than others
 
-        def add(result: tuple[GradientGraph, float] | None) -> bool:
+        def add(kept: _Kept | None) -> bool:
             nonlocal room, full
-            if result is None:
+            if not self._built:
+                return True
+            if kept is None or kept.size > room:
                 full = True
                 return True
-            graph, need = result
-            graphs.append(graph)
-            room -= need
-            used[:] = [a or b for a, b in zip(used, graph.used, strict=True)]
+            self._kept.append(kept)
+            room -= kept.size
+            _note(used, kept.graph.used)
             return False
 
-        self._evaluator.each(one, add, grad=True)
-        if full:
-            self.mode = f"kept {len(graphs)} batches, streamed the rest" if graphs else "streamed"
-            return graphs
-        self._warn_unused(used)
-        self.mode, self._streams = "kept", False
-        return graphs
+        own = not evaluator.cached  # graphs live longer than a loader's batches
+        evaluator.each(one, add, grad=True, theta=self._leaves, own=own)
+        self._streams = full or not self._built
+        if self._built and not full:
+            self._note_used(used)
 
     # -- other ways ------------------------------------------------------------------
 
@@ -186,6 +258,13 @@ class HessianProducts:
 
     def _central(self, V: Tensor) -> Tensor:
         like = list(self._leaves.values())
+        coarsest = self._evaluator.coarsest_dtype(self._leaves)
+        if torch.finfo(coarsest).eps > COARSE:
+            raise ObjectiveError(
+                "Expected at least float32 for central differences, the only way to second"
+                f" derivatives here. Got {str(coarsest).removeprefix('torch.')}, in which"
+                " small steps vanish. Pass dtype=torch.float32."
+            )
         start = products.flat(like, like, self._dtype)
         result = []
         for v in V.unbind(dim=1):
@@ -195,123 +274,52 @@ class HessianProducts:
         return torch.stack(result, dim=1)
 
     def _gradient_at(self, point: Tensor) -> Tensor:
-        theta = self._named(point)
-        total = torch.zeros_like(point)
-
-        def add(part: Tensor) -> None:
-            total.add_(part)
-
-        self._evaluator.each(
-            lambda batch: products.flat_gradient(self._loss(theta, batch), theta, self._dtype)[0],
-            add,
-            grad=True,
-        )
-        return total
-
-    def _named(self, point: Tensor) -> Named:
         (column,) = products.columns(point[:, None], self._leaves)
-        parts = zip(self._leaves, column, strict=True)
-        return {name: part.clone().requires_grad_() for name, part in parts}
+        theta = {
+            name: part.clone().requires_grad_()
+            for name, part in zip(self._leaves, column, strict=True)
+        }
+        total = torch.zeros_like(point)
+        used = [False] * len(self._leaves)
+
+        def one(batch: Any) -> tuple[Tensor, list[bool]]:
+            return products.flat_gradient(self._loss(theta, batch), theta, self._dtype)
+
+        def add(result: tuple[Tensor, list[bool]]) -> None:
+            total.add_(result[0])
+            _note(used, result[1])
+
+        self._evaluator.each(one, add, grad=True, theta=theta)
+        self._note_used(used)
+        return total
 
     # -- choice ----------------------------------------------------------------------
 
-    def _choose_mode(self) -> str:
-        if self._requested in ("forward_over_reverse", "central_difference", "streamed"):
+    def _choose_way(self) -> str:
+        if self._requested == "central_difference":
             return self._requested
-        reason = self._try("kept")
-        if reason is None or self._requested == "kept":
-            return "kept"
-        if self._try("forward_over_reverse") is None:
-            mode = "forward_over_reverse"
-        else:
-            mode = "central_difference"
+        wanted = "forward_over_reverse" if self._requested == "forward_over_reverse" else "kept"
+        trial = try_way(self._evaluator, self._leaves, self._dtype, wanted)
+        if trial.reason is None:
+            self._bytes_per_example = trial.bytes_per_example
+            return wanted
+        reason = trial.reason.rstrip(".")
+        if self._requested != "auto":
+            what = "forward-mode" if wanted != "kept" else "second"
+            raise ObjectiveError(
+                f"Expected {what} derivatives of every operation of the model. Here"
+                f" hvp_mode={self._requested!r} does not work ({reason}). Use hvp_mode='auto'."
+            )
+        other = try_way(self._evaluator, self._leaves, self._dtype, "forward_over_reverse")
+        way = "forward_over_reverse" if other.reason is None else "central_difference"
         warnings.warn(
             f"Double backward does not work for this model ({reason}); Hessian-vector"
-            f" products use {mode.replace('_', '-')} instead.",
+            f" products use {way.replace('_', '-')} instead.",
             SharpkitWarning,
             stacklevel=4,
         )
-        return mode
+        return way
 
-    def _try(self, mode: str) -> str | None:
-        # Return why a mode does not work on a slice of the first batch; None if it does.
-        generator = torch.Generator().manual_seed(0)
-        shape = (sum(t.numel() for t in self._leaves.values()), 2)
-        V = torch.randn(shape, generator=generator).to(self._evaluator.device, self._dtype)
 
-        def one(batch: Any) -> tuple[float, str | None]:
-            size = trees.batch_size(batch) or 1
-            piece = batch
-            if self._evaluator.additive:
-                piece = trees.split(batch, max(1, size // PROBE_SHARE))[0]
-            count = trees.batch_size(piece) or 1
-
-            def loss_of(theta: Named) -> Tensor:
-                return self._loss(theta, piece)
-
-            if mode == "forward_over_reverse":
-                HV = products.forward_over_reverse(loss_of, self._leaves, V)
-                return 0.0, self._asymmetry(loss_of, V, HV)
-            owned = [*self._leaves.values(), *self._evaluator._fixed.values()]
-            with products.saved_bytes(owned) as saved:
-                graph = products.gradient_graph(loss_of(self._leaves), self._leaves)
-                HV = products.double_backward([graph], self._leaves, V, keep=True)
-            per_example = RESIDENT_PER_SAVED * saved.total / count
-            if len(graph.index) < sum(graph.used):  # a constant gradient, or a cut graph?
-                moved = {
-                    n: (t.detach() * 1.01 + 1e-3).requires_grad_() for n, t in self._leaves.items()
-                }
-                if not self._constant_gradients(loss_of, graph, moved):
-                    return per_example, "the backward pass of an operation is not differentiable"
-            return per_example, self._asymmetry(loss_of, V, HV)
-
-        found: list[tuple[float, str | None]] = []
-
-        def take(result: tuple[float, str | None]) -> bool:
-            found.append(result)
-            return True
-
-        try:
-            self._evaluator.each(one, take, grad=True)
-        except ObjectiveError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:
-            return " ".join(str(error).split())[:160]
-        per_example, reason = found[0]
-        self._bytes_per_example = max(self._bytes_per_example, per_example)
-        return reason
-
-    def _asymmetry(self, loss_of: LossOf, V: Tensor, HV: Tensor) -> str | None:
-        # A backward pass that lost a part of its graph gives products that are not symmetric.
-        # So does the Hessian of a loss near 0, which is mostly rounding; there differences of
-        # the gradient do not agree among themselves, and nothing is held against the products.
-        M = (V.T @ HV).double()
-        scale = (V.norm(dim=0).max() * HV.norm(dim=0).max()).double()
-        slack = min(1e3 * torch.finfo(self._evaluator.coarsest_dtype(self._leaves)).eps, 0.2)
-        if bool((M[0, 1] - M[1, 0]).abs() <= slack * scale):
-            return None
-
-        def gradient_at(point: Tensor) -> Tensor:
-            theta = self._named(point)
-            return products.flat_gradient(loss_of(theta), theta, self._dtype)[0]
-
-        try:
-            like = list(self._leaves.values())
-            theta = products.flat(like, like, self._dtype)
-            difference, _ = products.central_difference(gradient_at, theta, V[:, 0])
-        except ObjectiveError:
-            return None
-        gap = float((difference - HV[:, 0]).norm()) / float(difference.norm())
-        return "its products are not symmetric" if gap > DISAGREEMENT else None
-
-    def _constant_gradients(self, loss_of: LossOf, graph: GradientGraph, moved: Named) -> bool:
-        here = torch.autograd.grad(
-            loss_of(self._leaves), list(self._leaves.values()), allow_unused=True
-        )
-        there = torch.autograd.grad(loss_of(moved), list(moved.values()), allow_unused=True)
-        for i, (a, b) in enumerate(zip(here, there, strict=True)):
-            if a is None or b is None or i in graph.index:
-                continue
-            if not torch.allclose(a, b, rtol=1e-3, atol=1e-6 * float(a.abs().max())):
-                return False
-        return True
+def _note(used: list[bool], flags: list[bool]) -> None:
+    used[:] = [a or b for a, b in zip(used, flags, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import UserDict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sharpkit.errors import ObjectiveError
+from sharpkit.objective import batches as trees
 
 __all__ = ["BatchLoss", "CriterionLoss", "Terms"]
 
@@ -42,6 +44,9 @@ _PER_ELEMENT_FUNCTIONS = (
     F.binary_cross_entropy_with_logits,
     F.soft_margin_loss,
 )
+
+
+_FUNCTIONS = (F.cross_entropy, F.nll_loss, *_PER_ELEMENT_FUNCTIONS)
 
 
 class CriterionLoss:
@@ -78,6 +83,19 @@ class CriterionLoss:
         self.criterion = criterion
         self._num_terms = num_terms
 
+    @property
+    def counted_exactly(self) -> bool:
+        """Whether the criterion is one of torch's own, of which the divisor is known."""
+        known = type(self.criterion) in (*_CLASS_INDEX, *_PER_ELEMENT)
+        return self._num_terms is None and (known or self.criterion in _FUNCTIONS)
+
+    def to(self, device: torch.device, dtype: torch.dtype | None) -> CriterionLoss:
+        """Return the same loss with a criterion of its own, its tensors moved and cast."""
+        if not isinstance(self.criterion, nn.Module) or not self.criterion.state_dict():
+            return self
+        own = copy.deepcopy(self.criterion).to(device)
+        return CriterionLoss(own.to(dtype) if dtype else own, self._num_terms)
+
     def __call__(self, model: nn.Module, batch: Any) -> Terms:
         """Return the sum and the number of the batch's loss terms."""
         inputs, targets = self.unpack(batch)
@@ -88,7 +106,9 @@ class CriterionLoss:
         """Return the sum and the number of loss terms of given outputs."""
         count = float((self._num_terms or self._count)(outputs, targets))
         if count == 0:  # every target is masked: the mean would be 0/0
-            return outputs.sum() * 0, 0.0
+            return torch.zeros(
+                (), device=targets.device if isinstance(targets, Tensor) else None
+            ), 0.0
         return self.criterion(outputs, targets) * count, count
 
     @staticmethod
@@ -143,7 +163,7 @@ class CriterionLoss:
             if not targets.is_floating_point() and targets.ndim > 0:
                 return int((targets != -100).sum())
             return targets.shape[0] if targets.ndim > 0 else 1
-        return len(targets)
+        return trees.batch_size(targets) or 1
 
     def _count_classes(self, outputs: Tensor, targets: Tensor) -> float:
         if targets.is_floating_point():  # class probabilities: a mean over positions

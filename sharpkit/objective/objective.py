@@ -6,6 +6,7 @@ import copy
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,16 +16,28 @@ from sharpkit.errors import ObjectiveError, ShapeError
 from sharpkit.objective import batches as trees
 from sharpkit.objective import products
 from sharpkit.objective.admission import HvpMode, refuse_training_mode, trainable, validate
-from sharpkit.objective.bookkeeping import Tally, UnusedWarning
+from sharpkit.objective.checks import first_pass
 from sharpkit.objective.evaluator import Evaluator
+from sharpkit.objective.gauss_newton import gauss_newton, verify_outputs
 from sharpkit.objective.hessian import HessianProducts
 from sharpkit.objective.isolation import unwrap
 from sharpkit.objective.losses import BatchLoss, CriterionLoss
 from sharpkit.objective.memory import default_budget
+from sharpkit.objective.usage import Usage
 from sharpkit.parameters import ParameterSpace, Selection, select_names
 from sharpkit.results import Cost
 
 __all__ = ["Objective"]
+
+
+@dataclass
+class _Shared:
+    # What all objectives made from one have in common.
+    hvps: int = 0
+    gradients: int = 0
+    forwards: int = 0
+    outputs_verified: bool = False
+    unused: set[str] = field(default_factory=set)  # parameters already warned of
 
 
 class Objective:
@@ -175,35 +188,33 @@ class Objective:
         model = unwrap(model)
         refuse_training_mode(model)
         names = trainable(model, params, dtype)
-        device = dict(model.named_parameters())[names[0]].device
-        if memory_budget is None:
-            memory_budget = default_budget(device)
-        self._evaluator = Evaluator(
-            model,
-            batch_loss,
-            trees.as_batches(data),
-            names,
-            dtype=dtype,
-            budget=memory_budget,
-            check=check,
-        )
         parameters = dict(model.named_parameters())
-        start = {n: self._evaluator.cast(parameters[n].detach()) for n in names}
+        if memory_budget is None:
+            memory_budget = default_budget(parameters[names[0]].device)
+        evaluator = Evaluator(model, batch_loss, trees.as_batches(data), names, dtype=dtype)
+        start = {n: evaluator.cast(parameters[n].detach()) for n in names}
         self.space = ParameterSpace.of(start)
         self._leaves = _leaves(start)
-        self._tally = Tally()
+        fixed = {n: t.detach() for n, t in self._leaves.items()}
+        first_pass(evaluator, fixed, budget=memory_budget, check=check)
+        self._evaluator = evaluator
+        self._shared = _Shared()
         self._started = time.perf_counter()
-        self._warn_unused = UnusedWarning(self.space.names)
         self._requested_mode: HvpMode = hvp_mode
+        self._memory_budget = memory_budget
+        self._begin()
+
+    def _begin(self) -> None:
+        # Curvature products from scratch, at the present leaves.
+        self._usage = Usage(self._evaluator, self._leaves, self._shared.unused)
         self._hessian = HessianProducts(
             self._evaluator,
             self._leaves,
             self.space.dtype,
-            hvp_mode,
-            memory_budget,
-            self._warn_unused,
+            self._requested_mode,
+            self._memory_budget,
+            self._usage,
         )
-        self._memory_budget = memory_budget
 
     # -- what it is ------------------------------------------------------------------
 
@@ -259,7 +270,7 @@ class Objective:
     def cost(self) -> Cost:
         """What was spent so far, over all objectives made from this one."""
         seconds = time.perf_counter() - self._started
-        return Cost(self._tally.hvps, self._tally.gradients, self._tally.forwards, seconds)
+        return Cost(self._shared.hvps, self._shared.gradients, self._shared.forwards, seconds)
 
     def at(self, theta: Tensor) -> Objective:
         """Return the same objective at other parameters ``theta [P]``.
@@ -290,15 +301,7 @@ class Objective:
         other._evaluator = self._evaluator.restrict(
             {n: t.detach() for n, t in self._leaves.items() if n not in chosen}
         )
-        other._warn_unused = UnusedWarning(other.space.names)
-        other._hessian = HessianProducts(
-            other._evaluator,
-            other._leaves,
-            other.space.dtype,
-            self._requested_mode,
-            self._memory_budget,
-            other._warn_unused,
-        )
+        other._begin()
         return other
 
     # -- values and gradients --------------------------------------------------------
@@ -306,11 +309,11 @@ class Objective:
     @torch.inference_mode(False)  # sums must not become inference tensors
     def value(self) -> Tensor:
         """Return ``L(theta)``, a float64 scalar; it may be inf or NaN away from the start."""
-        self._tally.forwards += 1
-        total = torch.zeros((), dtype=torch.float64)
+        self._shared.forwards += 1
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
 
         def add(result: tuple[Tensor, float]) -> None:
-            total.add_(result[0].double().cpu())
+            total.add_(result[0].detach().cpu().double())
 
         self._evaluator.each(
             lambda batch: self._evaluator.loss(self._leaves, batch), add, grad=False
@@ -324,8 +327,8 @@ class Objective:
     @torch.inference_mode(False)
     def value_and_gradient(self) -> tuple[Tensor, Tensor]:
         """Return the value and the gradient ``[P]`` from one pass over the data."""
-        self._tally.gradients += 1
-        total = torch.zeros((), dtype=torch.float64)
+        self._shared.gradients += 1
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         gradient = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
         used = [False] * len(self._leaves)
 
@@ -335,12 +338,12 @@ class Objective:
             return loss.detach(), grad, flags
 
         def add(result: tuple[Tensor, Tensor, list[bool]]) -> None:
-            total.add_(result[0].double().cpu())
+            total.add_(result[0].cpu().double())
             gradient.add_(result[1])
             used[:] = [a or b for a, b in zip(used, result[2], strict=True)]
 
-        self._evaluator.each(one, add, grad=True)
-        self._warn_unused(used)
+        self._evaluator.each(one, add, grad=True, theta=self._leaves)
+        self._usage(used)
         return total, gradient
 
     @torch.inference_mode(False)
@@ -366,7 +369,7 @@ class Objective:
 
         def one(batch: Any) -> list[Tensor]:
             rows = []
-            for piece in trees.split(batch, 1):
+            for piece in self._evaluator.split(batch, 1):
                 loss = self._evaluator.share(self._leaves, piece) * self.num_examples
                 rows.append(products.flat_gradient(loss, self._leaves, self.space.dtype)[0])
             return rows
@@ -375,8 +378,8 @@ class Objective:
             for row in rows:
                 consume(row)
 
-        self._tally.gradients += 1
-        self._evaluator.each(one, add, grad=True)
+        self._shared.gradients += 1
+        self._evaluator.each(one, add, grad=True, theta=self._leaves)
 
     # -- curvature products ----------------------------------------------------------
 
@@ -389,7 +392,7 @@ class Objective:
             ObjectiveError: If central differences are the only way and do not converge.
         """
         V = self._matrix(vectors)
-        self._tally.hvps += V.shape[1]
+        self._shared.hvps += V.shape[1]
         total = self._hessian(V)
         return total if vectors.ndim == 2 else total[:, 0]
 
@@ -403,52 +406,18 @@ class Objective:
             ShapeError: If the first axis is not P.
             ObjectiveError: For an objective made from a batch loss, which has no outputs.
         """
-        criterion = self._evaluator.batch_loss
-        if not isinstance(criterion, CriterionLoss):
+        if not isinstance(self._evaluator.batch_loss, CriterionLoss):
             raise ObjectiveError(
                 "Expected an objective with a criterion, as the GGN goes through the"
                 " network's outputs. Got one made by from_batch_loss. Use"
                 " Objective(model, loss, data)."
             )
         V = self._matrix(vectors)
-        self._tally.hvps += V.shape[1]
-        like = list(self._leaves.values())
-
-        def one(batch: Any) -> Tensor:
-            outputs, targets = self._evaluator.outputs(self._leaves, batch)
-            free = outputs.detach().requires_grad_()
-            loss = criterion.terms(free, targets)[0] / self.num_terms
-            (slope,) = torch.autograd.grad(loss, free, create_graph=True)
-            dual = torch.zeros_like(outputs, requires_grad=True)
-            pulled = torch.autograd.grad(
-                outputs, like, grad_outputs=dual, create_graph=True, allow_unused=True
-            )
-            index = [i for i, g in enumerate(pulled) if g is not None]
-            result = []
-            for vector in products.columns(V, self._leaves):
-                (push,) = torch.autograd.grad(
-                    [pulled[i] for i in index],
-                    dual,
-                    grad_outputs=[vector[i] for i in index],
-                    retain_graph=True,
-                )
-                (curved,) = (
-                    torch.autograd.grad(slope, free, grad_outputs=push, retain_graph=True)
-                    if slope.requires_grad
-                    else (torch.zeros_like(push),)
-                )
-                back = torch.autograd.grad(
-                    outputs, like, grad_outputs=curved, retain_graph=True, allow_unused=True
-                )
-                result.append(products.flat(back, like, V.dtype))
-            return torch.stack(result, dim=1)
-
-        total = torch.zeros_like(V)
-
-        def add(part: Tensor) -> None:
-            total.add_(part)
-
-        self._evaluator.each(one, add, grad=True)
+        if not self._shared.outputs_verified:
+            verify_outputs(self._evaluator, self._leaves)
+            self._shared.outputs_verified = True
+        self._shared.hvps += V.shape[1]
+        total = gauss_newton(self._evaluator, self._leaves, V) if V.shape[1] else V.clone()
         return total if vectors.ndim == 2 else total[:, 0]
 
     @torch.inference_mode(False)
@@ -462,7 +431,7 @@ class Objective:
             ObjectiveError: If the loss is not a sum over examples.
         """
         V = self._matrix(vectors)
-        self._tally.hvps += V.shape[1]
+        self._shared.hvps += V.shape[1]
         total = torch.zeros_like(V)
 
         def add(g: Tensor) -> None:
@@ -485,7 +454,9 @@ class Objective:
                 f"Expected vectors of shape ({self.space.dim},) or ({self.space.dim}, K)."
                 f" Got {tuple(vectors.shape)}."
             )
-        if vectors.device.type != self.space.device.type:
+        if vectors.is_complex():
+            raise ShapeError("Expected real vectors. Got complex ones. Pass their real part.")
+        if vectors.device != self.space.device:
             raise ShapeError(
                 f"Expected vectors on {self.space.device}. Got {vectors.device}. Move them"
                 " with .to(objective.space.device)."

@@ -18,6 +18,7 @@ from sharpkit.errors import ObjectiveError
 __all__ = [
     "GradientGraph",
     "central_difference",
+    "double_backward",
     "flat_gradient",
     "forward_over_reverse",
     "gradient_graph",
@@ -36,10 +37,14 @@ def flat(parts: Sequence[Tensor | None], like: Sequence[Tensor], dtype: torch.dt
         [
             like[i].new_zeros(like[i].numel(), dtype=dtype)
             if part is None
-            else part.detach().reshape(-1).to(dtype)
+            else _dense(part.detach()).reshape(-1).to(dtype)
             for i, part in enumerate(parts)
         ]
     )
+
+
+def _dense(part: Tensor) -> Tensor:
+    return part if part.layout == torch.strided else part.to_dense()  # nn.Embedding(sparse=True)
 
 
 def columns(V: Tensor, theta: Named) -> list[list[Tensor]]:
@@ -59,7 +64,9 @@ def columns(V: Tensor, theta: Named) -> list[list[Tensor]]:
 def flat_gradient(loss: Tensor, theta: Named, dtype: torch.dtype) -> tuple[Tensor, list[bool]]:
     """Return the gradient ``[P]`` and which parameters the loss uses."""
     like = list(theta.values())
-    grads = torch.autograd.grad(loss, like, allow_unused=True)
+    grads: Sequence[Tensor | None] = [None] * len(like)
+    if loss.requires_grad:  # or the batch says nothing about these parameters
+        grads = torch.autograd.grad(loss, like, allow_unused=True)
     return flat(grads, like, dtype), [g is not None for g in grads]
 
 
@@ -74,6 +81,8 @@ class GradientGraph:
 
 def gradient_graph(loss: Tensor, theta: Named) -> GradientGraph:
     """Differentiate once and keep the graph."""
+    if not loss.requires_grad:
+        return GradientGraph([], [], [False] * len(theta))
     grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True, allow_unused=True)
     index = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
     return GradientGraph(
@@ -145,19 +154,11 @@ def central_difference(
     Raises:
         ObjectiveError: If the two steps disagree by more than 1%.
     """
-    length = float(v.norm())
-    if length == 0:
+    width = central_step(theta, v, torch.finfo(theta.dtype).eps ** (1 / 3))
+    if width == 0:
         return torch.zeros_like(v), 0.0
-    scale = float(theta.norm()) / theta.numel() ** 0.5 or 1.0
-    step = torch.finfo(theta.dtype).eps ** (1 / 3) * (scale + 1e-3) * theta.numel() ** 0.5
-    h = step / length
-
-    def quotient(width: float) -> Tensor:
-        return (gradient_at(theta + width * v) - gradient_at(theta - width * v)) / (2 * width)
-
-    near, far = quotient(h), quotient(2 * h)
-    size = max(float(near.norm()), float(far.norm()))
-    relative = float((near - far).norm()) / size if size > 0 else 0.0
+    near, far = (quotient(gradient_at, theta, v, h) for h in (width, 2 * width))
+    relative = disagreement(near, far)
     if not relative <= CENTRAL_TOLERANCE:  # also catches NaN
         raise ObjectiveError(
             "Expected the central difference at two step sizes to agree within"
@@ -168,20 +169,43 @@ def central_difference(
     return near, relative
 
 
+def central_step(theta: Tensor, v: Tensor, fraction: float) -> float:
+    """Return the h at which h*v is, as a root mean square, a fraction of theta; 0 if v is."""
+    length = float(v.norm())
+    if length == 0:
+        return 0.0
+    scale = float(theta.norm()) / theta.numel() ** 0.5 or 1.0
+    return float(fraction * (scale + 1e-3) * theta.numel() ** 0.5 / length)
+
+
+def quotient(
+    function: Callable[[Tensor], Tensor], theta: Tensor, v: Tensor, width: float
+) -> Tensor:
+    """Return the central difference quotient of a function of the flat parameters."""
+    return (function(theta + width * v) - function(theta - width * v)) / (2 * width)
+
+
+def disagreement(a: Tensor, b: Tensor) -> float:
+    """Return the distance of two vectors, relative to the longer one."""
+    size = max(float(a.norm()), float(b.norm()))
+    return float((a - b).norm()) / size if size > 0 else 0.0
+
+
 class saved_bytes:  # noqa: N801  (a context, used like a function)
     """Count the bytes that autograd keeps for graphs built inside, except for ``owned``."""
 
     def __init__(self, owned: Sequence[Tensor] = ()):
-        self._seen = {t.untyped_storage().data_ptr() for t in owned}
+        self._seen = {t.untyped_storage().data_ptr() for t in owned if t.layout == torch.strided}
         self._keep: list[Tensor] = []  # alive until the end, so that no address comes twice
         self.total = 0
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self._keep.append(tensor.detach())
-            self.total += storage.nbytes()
+        if tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._seen:
+                self._seen.add(storage.data_ptr())
+                self._keep.append(tensor.detach())
+                self.total += storage.nbytes()
         # Detached: a node that holds its own output with its history is never freed.
         return tensor.detach()
 
@@ -193,3 +217,4 @@ class saved_bytes:  # noqa: N801  (a context, used like a function)
     def __exit__(self, *exc: object) -> None:
         self._hooks.__exit__(*exc)
         self._keep.clear()
+        self._seen.clear()

@@ -1,0 +1,78 @@
+"""Which parameters the loss uses: zero rows are named, and lost gradients refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sharpkit.errors import ObjectiveError, SharpkitWarning
+from sharpkit.objective.evaluator import Evaluator
+from sharpkit.objective.probing import first_piece
+from sharpkit.objective.products import Named
+
+__all__ = ["Usage"]
+
+STEP = 1e-3  # relative: small, so that a choice such as argmax stays what it was
+LOSES = (
+    "Look for torch.no_grad(), .detach() or .item(), and for activation checkpoints with"
+    " use_reentrant=True (use_reentrant=False works)."
+)
+
+
+class Usage:
+    """Told which parameters a whole pass used; warns once, or refuses.
+
+    It holds no objective: in a cycle, kept graphs would wait for the garbage collector.
+
+    Args:
+        evaluator: The loss of batches.
+        theta: The parameters.
+        said: Names already warned of, shared by all objectives made from one.
+    """
+
+    def __init__(self, evaluator: Evaluator, theta: Named, said: set[str]):
+        self._evaluator, self._theta, self._said = evaluator, theta, said
+
+    def __call__(self, used: Sequence[bool]) -> None:
+        """Warn of parameters that are not used.
+
+        Raises:
+            ObjectiveError: If the loss depends on one that its gradient does not reach.
+        """
+        unused = [n for n, flag in zip(self._theta, used, strict=True) if not flag]
+        if not unused or self._said.issuperset(unused):
+            return
+        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" * (len(unused) > 5))
+        if self._depends_on(set(unused)):
+            raise ObjectiveError(
+                "Expected a gradient for every parameter that the loss depends on. The loss"
+                f" changes with {shown}, but its gradient does not reach there. {LOSES}"
+                " Or leave them out with params=..., which holds them fixed."
+            )
+        self._said.update(unused)
+        warnings.warn(
+            f"The loss does not depend on {shown}: their gradient and curvature are zero."
+            " Leave them out with params=... if this is not meant.",
+            SharpkitWarning,
+            stacklevel=4,
+        )
+
+    def _depends_on(self, names: set[str]) -> bool:
+        here = {n: t.detach() for n, t in self._theta.items()}
+        there = {
+            n: t + STEP * (t.abs() + t.abs().mean() + STEP) if n in names else t
+            for n, t in here.items()
+        }
+
+        def one(piece: Any) -> bool:
+            a, b = (
+                float(self._evaluator.loss(theta, piece)[0].detach().cpu().double())
+                for theta in (here, there)
+            )
+            eps = torch.finfo(self._evaluator.coarsest_dtype(here)).eps
+            return abs(a - b) > 100 * eps * abs(a)
+
+        return bool(first_piece(self._evaluator, self._theta, one))
