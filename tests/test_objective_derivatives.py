@@ -137,6 +137,22 @@ def test_weight_norm_of_torch_is_asymmetric_and_so_not_used():
         assert relative(fused.hvp(v), by_hand.hvp(v)) < 1e-6
 
 
+def test_a_wrong_way_is_found_where_the_loss_is_almost_zero():
+    # No second derivative can be told from rounding there, but a wrong way is wrong anywhere.
+    wrong = seeded(lambda: Squares(HalfCut.apply))
+    with torch.no_grad():
+        wrong.b.weight.mul_(100)
+        wrong.b.bias.mul_(100)
+    logits = wrong(X)
+    sure = logits.topk(2, dim=1).values.diff(dim=1)[:, 0].abs() > 12
+    data = [(X[sure], logits[sure].argmax(dim=1))]
+    objective = sk.Objective(wrong, CE, data)
+    assert 0 < float(objective.value()) < 1e-4
+    with pytest.warns(sk.SharpkitWarning, match="Double backward does not work"):
+        way = objective._hessian._choose_way()
+    assert way == "central_difference"
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant, part=slice(0, 5)):
         super().__init__()

@@ -32,6 +32,7 @@ RESIDENT_PER_SAVED = 1.5  # a kept graph takes more than the tensors that it sav
 TINY = 1e-8  # the step of the comparison, relative to theta
 SAME = 1e-3  # two quotients that agree so well met no kink
 SATURATED = 1e-4  # a loss below, if a logarithm, has slopes too rounded for so small a step
+SHRUNK = (1.0, 0.7, 0.4, 0.1)  # fractions of theta, until the loss is not too near zero
 WRONG = 1e-2  # a product that differs by more from them is another matrix's
 ASYMMETRIC = "its products are not symmetric"
 NOT_DIFFERENTIABLE = "the backward pass of an operation is not differentiable"
@@ -61,9 +62,9 @@ def try_way(evaluator: Evaluator, theta: Named, dtype: torch.dtype, way: str) ->
     verdict = _compare_in_double(evaluator, theta, way)
     if verdict is False:
         return Trial(trial.reason or "its products differ from differences of the gradient")
-    if verdict is True or trial.reason == ASYMMETRIC:
+    if verdict is True:
         # A gradient that is constant, not cut; or a loss so near 0 that its Hessian is mostly
-        # rounding: where differences do not agree either, nothing is held against it.
+        # rounding, and so not symmetric to many digits.
         trial.reason = None
     return trial
 
@@ -149,28 +150,34 @@ def _try_native(evaluator: Evaluator, theta: Named, dtype: torch.dtype, way: str
 def _compare_in_double(evaluator: Evaluator, theta: Named, way: str) -> bool | None:
     # Whether the product is that of the gradient's differences; None: cannot be told.
     double = evaluator.in_double()
-    leaves = {n: t.detach().double().requires_grad_() for n, t in theta.items()}
 
-    def gradient(piece: Any, point: Tensor) -> Tensor:
-        (column,) = products.columns(point[:, None], leaves)
-        at = {n: t.clone().requires_grad_() for n, t in zip(leaves, column, strict=True)}
+    def gradient(like: Named, piece: Any, point: Tensor) -> Tensor:
+        (column,) = products.columns(point[:, None], like)
+        at = {n: t.clone().requires_grad_() for n, t in zip(like, column, strict=True)}
         return double.bound(
             at, lambda _: products.flat_gradient(double.share(at, piece), at, torch.float64)[0]
         )
 
     def one(piece: Any) -> bool | None:
-        total, count = double.loss(leaves, piece)
-        if abs(float(total.detach())) < SATURATED * count:
-            return None
-        start = products.flat(list(leaves.values()), list(leaves.values()), torch.float64)
-        v = _direction(start)
-        return agrees(
-            _product(double, leaves, piece, v[:, None], way)[:, 0],
-            lambda point: gradient(piece, point),
-            start,
-            v,
-        )
+        # A way is right or wrong at any point: one where the loss has digits will do.
+        for shrunk in SHRUNK:
+            leaves = {n: (shrunk * t.detach().double()).requires_grad_() for n, t in theta.items()}
+            total, count = double.loss(leaves, piece)
+            if abs(float(total.detach())) < SATURATED * count:
+                continue
+            start = products.flat(list(leaves.values()), list(leaves.values()), torch.float64)
+            v = _direction(start)
 
+            def product(_: object, at: Named = leaves, v: Tensor = v) -> Tensor:
+                return _product(double, at, piece, v[:, None], way)[:, 0]
+
+            def slope(point: Tensor, at: Named = leaves) -> Tensor:
+                return gradient(at, piece, point)
+
+            return agrees(double.bound(leaves, product), slope, start, v)
+        return None
+
+    leaves = {n: t.detach().double().requires_grad_() for n, t in theta.items()}
     try:
         return first_piece(double, leaves, one, most=PROBE_EXAMPLES)
     except Exception as error:
