@@ -209,3 +209,33 @@ CASES = [
         F.binary_cross_entropy_with_logits,
     ),
 ]  # fmt: skip
+
+
+# -- what several test files share --------------------------------------------------------
+
+CE = nn.CrossEntropyLoss()
+RAGGED = [(X[:8], Y[:8]), (X[8:], Y[8:])]
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def direction(objective):
+    return torch.linspace(-1, 1, objective.space.dim, dtype=torch.float64)
+
+
+def plain():
+    return sk.Objective(seeded(mlp), CE, [(X, Y)])
+
+
+def change_everything(model):
+    model.train()
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.mul_(1.5).add_(0.1)
+
+
+def dropout():
+    return nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3))

@@ -5,39 +5,26 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import TOKENS, TiedModel, X, Y, masked_tokens, mlp, normal, seeded
+from cases import (
+    CE,
+    RAGGED,
+    TOKENS,
+    TiedModel,
+    X,
+    Y,
+    direction,
+    masked_tokens,
+    mlp,
+    normal,
+    plain,
+    relative,
+    seeded,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sharpkit as sk
 from sharpkit.errors import ObjectiveError
-
-CE = nn.CrossEntropyLoss()
-RAGGED = [(X[:8], Y[:8]), (X[8:], Y[8:])]
-
-
-def relative(a, b):
-    return float((a - b).norm() / b.norm())
-
-
-def direction(objective):
-    return torch.linspace(-1, 1, objective.space.dim, dtype=torch.float64)
-
-
-def plain():
-    return sk.Objective(seeded(mlp), CE, [(X, Y)])
-
-
-def change_everything(model):
-    model.train()
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.is_floating_point():
-                tensor.mul_(1.5).add_(0.1)
-
-
-def dropout():
-    return nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3))
 
 
 class HalfCut(torch.autograd.Function):
