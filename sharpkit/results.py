@@ -9,6 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import scipy.stats
+
+from sharpkit.errors import MeasureError, SettingsError
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -112,11 +116,18 @@ class Estimate:
         parts: Further numbers of the same measure.
         details: What else a careful reader needs (JSON-able).
         notes: Sentences for a person: what limits this number.
+        dof: Degrees of freedom of a standard error that was itself estimated from few
+            samples; ``None``: many. Intervals are as much wider as Student's t says.
+        draws: One value a random probe, whose mean is ``value`` (a jackknife's pseudo-values
+            where the number is no mean): what a paired comparison subtracts. Not in JSON.
+        data_draws: One value a group of the data, likewise.
 
     Example:
-        >>> e = Estimate(2.0, 0.1, "stderr")
+        >>> e = Estimate(2.0, 0.1, "stderr", dof=7)
         >>> float(e), str(e)
         (2.0, '2.00 ± 0.10')
+        >>> tuple(round(x, 3) for x in e.interval())
+        (1.764, 2.236)
     """
 
     value: float
@@ -128,10 +139,45 @@ class Estimate:
     parts: tuple[Part, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    dof: float | None = None
+    draws: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    data_draws: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("value", "probe_error", "data_error"):
+        for name in ("value", "probe_error", "data_error", "dof"):
             object.__setattr__(self, name, _number(getattr(self, name)))
+
+    def interval(self, level: float = 0.95, *, data: bool = False) -> tuple[float, float]:
+        """Return an interval that holds the exact number with the stated probability.
+
+        Args:
+            level: Probability, between 0 and 1. A bound or a rounding error is taken
+                whole, whatever the level; above a lower bound there is no end.
+            data: Whether to add the error from the data being a sample, so that the
+                interval speaks of the population.
+
+        Raises:
+            SettingsError: If the level is not between 0 and 1.
+            MeasureError: With ``data``, if the data error was not estimated.
+        """
+        if not 0 < level < 1:
+            raise SettingsError(f"Expected `level` between 0 and 1. Got {level!r}.")
+        if self.probe_error is None:
+            return -math.inf, math.inf
+        half = self.probe_error
+        if self.error_kind == "stderr":
+            half *= _quantile(level, self.dof)
+        if data:
+            if self.data_error is None:
+                raise MeasureError(
+                    "Expected an estimate with a data error. This one speaks of the given data"
+                    " only. Use data=False."
+                )
+            groups = len(self.data_draws)
+            half = math.hypot(half, self.data_error * _quantile(level, groups - 1 or None))
+        high = math.inf if self.error_kind == "lower_bound" else self.value + half
+        low = self.value - (half if self.error_kind != "lower_bound" or data else 0.0)
+        return low, high
 
     def __float__(self) -> float:
         return self.value
@@ -150,11 +196,19 @@ class Estimate:
             "converged": self.converged,
             "cost": vars(self.cost),
             "parts": [vars(part) for part in self.parts],
+            "dof": self.dof,
             "details": dict(self.details),
             "notes": list(self.notes),
         }
         result: dict[str, Any] = _plain(plain)
         return result
+
+
+def _quantile(level: float, dof: float | None) -> float:
+    upper = (1 + level) / 2
+    if dof is None or dof <= 0:
+        return float(scipy.stats.norm.ppf(upper))
+    return float(scipy.stats.t.ppf(upper, dof))
 
 
 def format_value(value: float, error: float | None, kind: ErrorKind = "stderr") -> str:
