@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sharpkit.estimators.krylov import Krylov, tridiagonal
+from sharpkit.estimators.krylov import Krylov
 from sharpkit.estimators.protocol import Matrix, check_positive
 from sharpkit.results import Cost, Spectrum
 
@@ -44,9 +44,9 @@ def spectral_density(
         krylov = Krylov(matrix, generator, None)
         while krylov.size < min(num_steps, matrix.dim) and not krylov.exhausted:
             krylov.step()
-            if krylov.betas[-1] == 0.0:  # an invariant subspace: the quadrature is exact
+            if krylov.broke_down:  # an invariant subspace: the quadrature is exact
                 break
-        values, S = tridiagonal(krylov.alphas, krylov.betas[:-1])
+        values, S, _ = krylov.ritz()
         nodes.append(tuple(float(x) for x in values))
         weights.append(tuple(float(x) for x in S[0] ** 2))
     cost = Cost(hvps=matrix.num_matvecs - before)

@@ -3,132 +3,297 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
 
+from sharpkit.estimators.basis import Basis, Storage, accurate_gram
 from sharpkit.estimators.protocol import Matrix, sphere_vector
 
 __all__ = ["ROUNDING", "Krylov", "tridiagonal", "unseen_share"]
 
 ROUNDING = 10  # products are wrong by a few eps of the matrix's norm, at least
+KEPT_SHARE = 0.6  # of a full basis, what a restart keeps
+
+
+@dataclass(frozen=True)
+class _Step:
+    # What is known after a step: sizes of the basis, coupling to the next block, levels.
+    size: int
+    products: int
+    coupling: np.ndarray  # [b, size]: A V = V T + X coupling
+    scale: float
+    noise: float
+    exhausted: bool
 
 
 class Krylov:
-    """One Lanczos run with full reorthogonalization, orthogonal to locked vectors.
+    r"""A Lanczos run with full reorthogonalization, in blocks, with thick restarts.
+
+    It holds :math:`A V = V T + X R` for orthonormal :math:`V` and the next block
+    :math:`X`. When the basis is full, V is replaced by its outermost Ritz vectors, for
+    which the same equation holds, and the run goes on (Wu and Simon 2000,
+    doi:10.1137/S0895479898334605). Ritz values only move outwards.
+
+    Args:
+        matrix: The matrix ``A``.
+        generator: Source of random vectors.
+        locked: Orthonormal columns ``[P, q]`` to which everything stays orthogonal.
+        block: Width of the block; more than one sees repeated eigenvalues.
+        start: Vectors ``[P, j]`` to start from, such as eigenvectors of a nearby matrix;
+            their mean, with a tenth of a random vector, leads the first block.
+        max_basis: Most vectors to hold; None: no limit.
+        keep: Ritz pairs wanted at the (smallest, largest) end, which a restart keeps.
+        storage: Where the basis lies.
 
     Attributes:
-        scale: The largest row sum of the tridiagonal matrix: about the matrix's norm.
-        noise: How far the products are from those of one symmetric matrix: the largest
-            coefficient that would be zero without rounding.
+        steps: What was known after each step since the last restart.
+        restarts: How often the basis was full.
     """
 
-    def __init__(self, matrix: Matrix, generator: torch.Generator, locked: Tensor | None):
+    def __init__(
+        self,
+        matrix: Matrix,
+        generator: torch.Generator,
+        locked: Tensor | None = None,
+        *,
+        block: int = 1,
+        start: Tensor | None = None,
+        max_basis: int | None = None,
+        keep: tuple[int, int] = (1, 1),
+        storage: Storage | None = None,
+    ):
         self.matrix, self.generator, self.locked = matrix, generator, locked
-        self.alphas: list[float] = []
-        self.betas: list[float] = []  # betas[j] couples j and j+1
-        self.couplings: list[np.ndarray] = []  # what each product had along locked vectors
-        self.basis = torch.empty(0, matrix.dim, dtype=matrix.dtype, device=matrix.device)
-        self.exhausted = False
-        self.scale = self.noise = 0.0
-        self._next: Tensor | None = self._fresh()
+        self.basis = Basis(matrix, storage)
+        self.steps: list[_Step] = []
+        self.restarts = 0
+        self._block, self._keep, self._most = block, keep, max_basis
+        self._T = np.zeros((0, 0))
+        self._couplings: list[np.ndarray] = []  # what each product had along locked vectors
+        self._products = 0
+        self._scale = self._noise = 0.0
+        self._next: Tensor | None = self._first(start)
+        self._R = np.zeros((0 if self._next is None else self._next.shape[1], 0))
 
     @property
     def size(self) -> int:
-        """Steps done."""
-        return len(self.alphas)
+        """Vectors in the basis."""
+        return self.basis.size
 
-    def _room(self) -> None:
-        if self.size == len(self.basis):  # grow by half: amortised, no large first bite
-            grown = torch.empty(
-                min(max(16, len(self.basis) * 3 // 2), self.matrix.dim),
-                self.matrix.dim,
-                dtype=self.matrix.dtype,
-                device=self.matrix.device,
-            )
-            grown[: self.size] = self.basis[: self.size]
-            self.basis = grown
+    @property
+    def exhausted(self) -> bool:
+        """Whether no direction is left."""
+        return self._next is None
 
-    def _orthogonalize(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        # Returns what is left, and the first pass's coefficients.
-        first: tuple[Tensor, Tensor | None] | None = None
-        V = self.basis[: self.size]
-        for _ in range(2):  # "twice is enough"
-            along = V @ w
-            w = w - V.T @ along
-            held = None
-            if self.locked is not None:
-                held = self.locked.T @ w
-                w = w - self.locked @ held
-            first = first or (along, held)
-        assert first is not None
-        return w, *first
+    @property
+    def broke_down(self) -> bool:
+        """Whether the last step met an invariant subspace."""
+        return bool(self.steps) and not self.steps[-1].coupling.any()
 
-    def _fresh(self) -> Tensor | None:
-        taken = self.size + (0 if self.locked is None else self.locked.shape[1])
-        if taken >= self.matrix.dim:
+    @property
+    def num_products(self) -> int:
+        """Products done so far."""
+        return self._products
+
+    # -- vectors ---------------------------------------------------------------------
+
+    def _taken(self) -> int:
+        return self.size + (0 if self.locked is None else self.locked.shape[1])
+
+    def _first(self, start: Tensor | None) -> Tensor | None:
+        if start is None:
+            return self._fresh()
+        mean = start.to(self.matrix.device, self.matrix.dtype).sum(dim=1)
+        mean = torch.nn.functional.normalize(mean, dim=0)
+        lead = (mean + 0.1 * sphere_vector(self.matrix, self.generator))[:, None]
+        others = self._fresh(self._block - 1) if self._block > 1 else None
+        return self._independent(lead if others is None else torch.cat([lead, others], 1))
+
+    def _fresh(self, count: int | None = None) -> Tensor | None:
+        # Random orthonormal vectors, orthogonal to all that there are; fewer if none is left.
+        count = min(count or self._block, self.matrix.dim - self._taken())
+        if count <= 0:
             return None
         for _ in range(5):
-            w = self._orthogonalize(sphere_vector(self.matrix, self.generator))[0]
-            length = float(w.norm())
-            if length > 1e-3 / math.sqrt(self.matrix.dim):
-                return self._orthogonalize(w / length)[0]
+            columns = [sphere_vector(self.matrix, self.generator) for _ in range(count)]
+            X = self._independent(torch.stack(columns, dim=1))
+            if X is not None:
+                return X
         return None
 
+    def _independent(self, W: Tensor) -> Tensor | None:
+        W, _, _ = self._orthogonalize(W)
+        X, sizes, _ = _orthonormal(W)
+        kept = sizes > 1e-3 / math.sqrt(self.matrix.dim)
+        if not kept.any():
+            return None
+        return _polished(self._orthogonalize(X[:, torch.as_tensor(kept, device=X.device)])[0])
+
+    def _orthogonalize(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        # Returns what is left, and the first pass's coefficients.
+        first: tuple[Tensor, Tensor | None] | None = None
+        for _ in range(2):  # "twice is enough"
+            along = self.basis.coefficients(W)
+            W = self.basis.subtract(W, along)
+            held = None
+            if self.locked is not None:
+                held = self.locked.T @ W
+                W = W - self.locked @ held
+            first = first or (along, held)
+        assert first is not None
+        return W, *first
+
+    # -- steps -----------------------------------------------------------------------
+
     def step(self) -> None:
-        """Add one vector; sets ``exhausted`` when none is left."""
+        """Add one block; sets ``exhausted`` when none is left."""
         if self._next is None:
-            self.exhausted = True
             return
-        v = self._next / self._next.norm()
-        self._room()
-        w = self.matrix @ v
-        alpha = float(torch.dot(v.double(), w.double()))
-        self.basis[self.size] = v
-        self.alphas.append(alpha)
-        w, along, held = self._orthogonalize(w)
-        unexpected = along[:-1].double()
-        if len(unexpected):
-            unexpected[-1] -= self.betas[-1]
-            self.noise = max(self.noise, float(unexpected.norm()))
+        width = self._next.shape[1]
+        if self._most is not None and self.size + width > self._most:
+            self._restart(width)
+        before = self.size
+        X = self.basis.append(self._next)
+        self._next = None  # the same memory is the basis's now
+        W = self.matrix @ X
+        self._products += width
+        own = accurate_gram(X, W).cpu().numpy()
+        own = (own + own.T) / 2
+        W, along, held = self._orthogonalize(W)
+        if before:
+            unexpected = along[:before].double().cpu().numpy() - self._R.T
+            self._noise = max(self._noise, float(np.linalg.norm(unexpected)))
         if held is not None:
-            self.couplings.append(held.double().cpu().numpy())
-        beta = float(w.norm())
-        self.scale = max(self.scale, abs(alpha) + beta + (self.betas[-1] if self.betas else 0))
+            self._couplings.append(held.double().cpu().numpy())
+        T = np.zeros((self.size, self.size))
+        T[:before, :before] = self._T
+        T[before:, before:], T[:before, before:], T[before:, :before] = own, self._R.T, self._R
+        self._T = T
+        X, sizes, right = _orthonormal(W)
+        reach = float(np.linalg.norm(own, 2) + sizes.max(initial=0.0))
+        reach += float(np.linalg.norm(self._R, 2)) if self._R.size else 0.0
+        self._scale = max(self._scale, reach)
         eps = torch.finfo(self.matrix.dtype).eps
-        if beta > ROUNDING * eps * max(self.scale, torch.finfo(self.matrix.dtype).tiny):
-            self.betas.append(beta)
-            self._next = w
-        else:  # an invariant subspace: go on from a new random vector
-            self.betas.append(0.0)
+        kept = sizes > ROUNDING * eps * max(self._scale, torch.finfo(self.matrix.dtype).tiny)
+        kept[max(self.matrix.dim - self._taken(), 0) :] = False  # what is left is rounding
+        if kept.any():
+            self._next = X if kept.all() else X[:, torch.as_tensor(kept, device=X.device)]
+            if sizes[kept].min() < 1e-2 * self._scale:  # cancellation brought the old ones back
+                self._next = _polished(self._orthogonalize(self._next)[0])
+        else:  # an invariant subspace: go on from new random vectors
             self._next = self._fresh()
-            self.exhausted = self._next is None
+        count = 0 if self._next is None else self._next.shape[1]
+        self._R = np.zeros((count, self.size))
+        if kept.any():
+            self._R[:, before:] = (sizes[:, None] * right)[kept]
+        self.steps.append(
+            _Step(
+                self.size, self._products, self._R, self._scale, self._noise, self._next is None
+            )
+        )
 
-    def floor(self) -> float:
+    def _restart(self, width: int) -> None:
+        # Thick restart: the outermost Ritz vectors stay, and with them what was learnt.
+        assert self._most is not None
+        values, S = np.linalg.eigh(self._T)
+        low, high = self._keep
+        room = max(int(KEPT_SHARE * self._most), low + high + 1)
+        room = max(min(room, self._most - 2 * width, self.size - 1), 1)
+        spare = max(room - low - high, 0)
+        low += spare * low // max(low + high, 1)
+        low = min(low, room)
+        index = np.r_[np.arange(low), np.arange(self.size - (room - low), self.size)]
+        S = S[:, index]
+        self.basis.rotate(torch.as_tensor(S, dtype=self.matrix.dtype, device=self.matrix.device))
+        self._T, self._R = np.diag(values[index]), self._R @ S
+        if self._couplings:
+            self._couplings = [np.concatenate(self._couplings, axis=1) @ S]
+        self.restarts += 1
+        self.steps.clear()
+
+    def truncate(self, steps: int) -> None:
+        """Go back to what was known after the first steps, and free the rest's memory."""
+        at = self.steps[steps - 1]
+        if steps < len(self.steps):
+            width = len(at.coupling)
+            unit = torch.zeros(
+                at.size + width, width, dtype=self.matrix.dtype, device=self.matrix.device
+            )
+            unit[at.size :].fill_diagonal_(1)
+            self._next = self.basis.combine(unit)
+        self.basis.truncate(at.size)
+        self._T, self._R = self._T[: at.size, : at.size], at.coupling
+        self._scale, self._noise = at.scale, at.noise
+        self._couplings = self._couplings[:steps]
+        del self.steps[steps:]
+
+    def release(self) -> None:
+        """Free the basis; the run cannot be continued."""
+        self.basis.truncate(0)
+        self._next = None
+
+    # -- what it says ----------------------------------------------------------------
+
+    def floor(self, steps: int | None = None) -> float:
         """Return the rounding level of Ritz values."""
-        return max(ROUNDING * torch.finfo(self.matrix.dtype).eps * self.scale, 2 * self.noise)
+        at = self._at(steps)
+        eps = torch.finfo(self.matrix.dtype).eps
+        # A basis that is rounded makes noise of its own, but no values are taken from it.
+        return max(ROUNDING * eps * at.scale, 0.0 if self.basis.lossy else 2 * at.noise)
 
-    def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return Ritz values (ascending), coefficient vectors and residuals of A."""
-        values, S = tridiagonal(self.alphas, self.betas[:-1])
-        residuals = abs(self.betas[-1] * S[-1])
-        if self.couplings:
-            residuals = np.hypot(residuals, np.linalg.norm(np.array(self.couplings).T @ S, axis=0))
+    def _at(self, steps: int | None) -> _Step:
+        return self.steps[-1 if steps is None else steps - 1]
+
+    def ritz(self, steps: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return Ritz values (ascending), coefficient vectors and residuals of A.
+
+        Args:
+            steps: After so many steps since the last restart; None: the last one.
+        """
+        at = self._at(steps)
+        T = self._T[: at.size, : at.size]
+        if self._block == 1 and not self.restarts:
+            values, S = tridiagonal(np.diag(T), np.diag(T, 1))
+        else:
+            values, S = np.linalg.eigh(T)
+        residuals = np.linalg.norm(at.coupling @ S, axis=0)
+        if self._couplings:
+            along = np.concatenate(self._couplings, axis=1)[:, : at.size] @ S
+            residuals = np.hypot(residuals, np.linalg.norm(along, axis=0))
         return values, S, residuals
 
     def vectors(self, coefficients: np.ndarray) -> Tensor:
         """Return Ritz vectors ``[P, j]`` for columns of coefficients."""
         S = torch.as_tensor(coefficients.copy(), dtype=self.matrix.dtype, device=self.matrix.device)
-        return self.basis[: self.size].T @ S
+        return self.basis.combine(S)
 
 
-def tridiagonal(alphas: list[float], betas: list[float]) -> tuple[np.ndarray, np.ndarray]:
+def _orthonormal(W: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    # W = X diag(sizes) right, with orthonormal X.
+    if W.shape[1] == 1:
+        length = math.sqrt(float(accurate_gram(W, W)))
+        return (W / length if length > 0 else W), np.array([length]), np.ones((1, 1))
+    Q, R = torch.linalg.qr(W)
+    U, sizes, right = torch.linalg.svd(R.double())
+    return Q @ U.to(Q.dtype), sizes.cpu().numpy(), right.cpu().numpy()
+
+
+def _polished(W: Tensor) -> Tensor:
+    # The orthonormal block nearest to one that is nearly so: no rotation, no change of sign.
+    if W.shape[1] == 1:
+        return _orthonormal(W)[0]
+    Q, R = torch.linalg.qr(W)
+    return Q * R.diagonal().sign()
+
+
+def tridiagonal(alphas: np.ndarray, betas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return eigenvalues (ascending) and eigenvectors of a symmetric tridiagonal matrix.
 
     Example:
-        >>> tridiagonal([2.0, 2.0], [1.0])[0].tolist()
+        >>> tridiagonal(np.array([2.0, 2.0]), np.array([1.0]))[0].tolist()
         [1.0, 3.0]
     """
     if len(alphas) == 1:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit.errors import SettingsError
+from sharpkit.errors import SettingsError, ShapeError
+from sharpkit.estimators.basis import Storage, accurate_gram
 from sharpkit.estimators.krylov import Krylov, unseen_share
 from sharpkit.estimators.protocol import Matrix, check_positive
 
@@ -46,8 +47,9 @@ class Eigenpairs:
             vectors found, met nothing beyond them. ``"found more"``: it did, and the
             results hold it. ``"not needed"``: the space was exhausted. ``"not run"``: the
             budget ended before.
-        num_steps: Lanczos steps of the first run.
+        num_steps: Products of the first run.
         num_matvecs: Products in all.
+        num_restarts: How often the basis of the first run was full.
     """
 
     largest: tuple[float, ...]
@@ -64,6 +66,7 @@ class Eigenpairs:
     second_start: str
     num_steps: int
     num_matvecs: int
+    num_restarts: int = 0
 
     @property
     def converged(self) -> bool:
@@ -79,8 +82,13 @@ def lanczos(
     which: Which = "both",
     tol: float = 1e-3,
     max_matvecs: int = 400,
+    max_basis: int | None = None,
+    block_size: int = 1,
+    start: Tensor | None = None,
+    storage: Storage | None = None,
     failure_probability: float = 1e-3,
     generator: torch.Generator,
+    krylov: Krylov | None = None,
 ) -> Eigenpairs:
     r"""Compute the k algebraically largest and smallest eigenpairs.
 
@@ -94,21 +102,32 @@ def lanczos(
     it finds (a repeated eigenvalue, say) is taken in. No method that sees products only
     can exclude a miss: a vector to which both starts are nearly orthogonal stays unseen.
 
+    With ``max_basis`` memory is bounded: a full basis is compressed to its outermost Ritz
+    vectors (thick restart, Wu and Simon 2000, doi:10.1137/S0895479898334605), at the price
+    of more products. A block of two or more tells repeated and clustered eigenvalues apart
+    sooner and reads streamed data less often; single vectors need the fewest products.
+
     Args:
         matrix: The matrix ``A``.
         k: Pairs at each end.
         which: ``"both"`` ends, the ``"largest"`` or the ``"smallest"`` only.
         tol: Relative error; one above 0.01 is taken as 0.01.
         max_matvecs: Budget of products, the second start included.
+        max_basis: Most vectors of P numbers to hold at a time; None: one a step.
+        block_size: Vectors that each step multiplies together.
+        start: Vectors ``[P, j]`` to start from, such as the eigenvectors at an earlier step
+            of training; the second start is random all the same.
+        storage: Where the basis lies: on the CPU, or in bfloat16.
         failure_probability: Of the bounds beyond the Ritz values.
         generator: Source of the start vectors.
+        krylov: A run to go on from: its steps are taken as this search's own first ones.
 
     Returns:
-        Pairs, residuals, bounds and whether they converged. Memory: one vector of P
-        numbers a step.
+        Pairs, residuals, bounds and whether they converged.
 
     Raises:
-        SettingsError: If k is less than 1 or more than P, or a setting is not positive.
+        SettingsError: If k, the block or the basis is less than 1 or more than P, the basis
+            is too small for k, or a setting is not positive.
 
     Example:
         >>> from sharpkit.operators import SymmetricOperator
@@ -132,7 +151,50 @@ def lanczos(
             "Expected `failure_probability` between 0 and 1, both excluded. Got"
             f" {failure_probability!r}."
         )
-    return _Search(matrix, k, which, tol, max_matvecs, failure_probability, generator).run()
+    if not 1 <= block_size <= matrix.dim:
+        raise SettingsError(
+            f"Expected `block_size` between 1 and the number of parameters, {matrix.dim}. Got"
+            f" {block_size}."
+        )
+    if start is not None and (start.ndim != 2 or start.shape[0] != matrix.dim):
+        raise ShapeError(
+            f"Expected `start` of shape ({matrix.dim}, j). Got {tuple(start.shape)}."
+        )
+    ends = 2 if which == "both" else 1
+    if max_basis is not None:
+        fewest = min(ends * k + 2 * block_size + 2, matrix.dim)
+        if not fewest <= max_basis <= matrix.dim:
+            raise SettingsError(
+                f"Expected `max_basis` between {fewest} (for {ends * k} pairs) and the number"
+                f" of parameters, {matrix.dim}. Got {max_basis}."
+            )
+    settings = _Settings(
+        k, which, min(tol, COARSEST), max_matvecs, failure_probability, max_basis, block_size,
+        storage,
+    )  # fmt: skip
+    return _Search(matrix, settings, generator).run(krylov, start)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    k: int
+    which: Which
+    tol: float
+    budget: int
+    probability: float
+    max_basis: int | None
+    block: int
+    storage: Storage | None
+
+    @property
+    def signs(self) -> tuple[int, ...]:
+        """+1 for the largest end, -1 for the smallest."""
+        return {"both": (1, -1), "largest": (1,), "smallest": (-1,)}[self.which]
+
+    @property
+    def keep(self) -> tuple[int, int]:
+        """Pairs that a restart must keep at the (smallest, largest) end."""
+        return (self.k + 1) * (-1 in self.signs), (self.k + 1) * (1 in self.signs)
 
 
 @dataclass
@@ -177,45 +239,57 @@ def distinct_errors(values: np.ndarray, residuals: np.ndarray) -> np.ndarray:
 
 
 class _Search:
-    def __init__(
-        self,
-        matrix: Matrix,
-        k: int,
-        which: Which,
-        tol: float,
-        max_matvecs: int,
-        failure_probability: float,
-        generator: torch.Generator,
-    ):
-        self.matrix, self.k, self.tol = matrix, k, min(tol, COARSEST)
-        self.signs = {"both": (1, -1), "largest": (1,), "smallest": (-1,)}[which]
-        self.budget, self.probability, self.generator = (
-            max_matvecs,
-            failure_probability,
-            generator,
-        )
-        self.before = matrix.num_matvecs
+    def __init__(self, matrix: Matrix, settings: _Settings, generator: torch.Generator):
+        self.matrix, self.settings, self.generator = matrix, settings, generator
+        self.k, self.tol, self.signs = settings.k, settings.tol, settings.signs
         self.low, self.high = math.inf, -math.inf  # the Ritz values' extent
         self.floor = 0.0  # rounding level of values
+        self._before = 0
 
     def spent(self) -> int:
-        return self.matrix.num_matvecs - self.before
+        return self.matrix.num_matvecs - self._before
 
-    def run(self) -> Eigenpairs:
-        krylov = Krylov(self.matrix, self.generator, None)
-        ends = self._first_start(krylov)
-        if krylov.size == self.matrix.dim:
+    def _krylov(self, locked: Tensor | None, start: Tensor | None, room: int | None) -> Krylov:
+        return Krylov(
+            self.matrix, self.generator, locked, block=self.settings.block, start=start,
+            max_basis=room, keep=self.settings.keep, storage=self.settings.storage,
+        )  # fmt: skip
+
+    def run(self, krylov: Krylov | None, start: Tensor | None) -> Eigenpairs:
+        own = krylov is None
+        krylov = krylov or self._krylov(None, start, self.settings.max_basis)
+        head = len(krylov.steps)
+        # What others did of the run counts as done here: the same steps, the same budget.
+        self._before = self.matrix.num_matvecs - krylov.num_products
+        at, ends = self._first_start(krylov)
+        if krylov.basis.lossy:
+            ends = self._rotate(self._purified(ends))
+        whole = krylov.restarts == 0 and at.size == self.matrix.dim
+        fresh = start is None and krylov.restarts == 0
+        steps = len(krylov.steps) if fresh else 0
+        products, restarts = at.products, krylov.restarts
+        if own:
+            krylov.release()
+        elif krylov.restarts == 0 and len(krylov.steps) > head:
+            krylov.truncate(max(head, 1))
+        self._before = self.matrix.num_matvecs - products
+        if whole:
             second = "not needed"
         elif all(all(end.converged) for end in ends):
-            ends, second = self._second_starts(ends, krylov.size)
+            room = self.settings.max_basis
+            if room is not None and not own and krylov.restarts == 0:
+                room = max(room - krylov.size, sum(self.settings.keep) + 2 * self.settings.block)
+            ends, second = self._second_starts(ends, steps or products, room)
         else:
             second = "not run"
-        return self._result(ends, krylov.size, second)
+        return self._result(ends, steps, products, restarts, second)
 
-    def _ritz(self, krylov: Krylov) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        values, S, residuals = krylov.ritz()
+    def _ritz(
+        self, krylov: Krylov, steps: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        values, S, residuals = krylov.ritz(steps)
         self.low, self.high = min(self.low, values[0]), max(self.high, values[-1])
-        self.floor = max(self.floor, krylov.floor())
+        self.floor = max(self.floor, krylov.floor(steps))
         return values, S, residuals
 
     def _allowed(self, values: np.ndarray) -> np.ndarray:
@@ -226,19 +300,25 @@ class _Search:
 
     # -- the first start -------------------------------------------------------------
 
-    def _first_start(self, krylov: Krylov) -> list[_End]:
-        # Lanczos steps until k pairs at each end converged, or no step is left.
+    def _first_start(self, krylov: Krylov) -> tuple[Any, list[_End]]:
+        # Lanczos steps until k pairs at each end converged, or no step is left. Steps that
+        # the run has already made are gone through like new ones.
         history: list[np.ndarray] = []
+        step = 0
         while True:
-            krylov.step()
-            values, S, residuals = self._ritz(krylov)
+            step = min(step, len(krylov.steps)) + 1
+            if step > len(krylov.steps):
+                krylov.step()
+                step = len(krylov.steps)
+            values, S, residuals = self._ritz(krylov, step)
+            at = krylov.steps[step - 1]
             history.append(values)
-            errors = [self._errors(s, values, residuals, history, krylov) for s in self.signs]
+            errors = [self._errors(s, values, residuals, history, at.exhausted) for s in self.signs]
             done = all(
                 len(e) == self.k and bool((e <= self._allowed(self._outer(s, values))).all())
                 for s, e in zip(self.signs, errors, strict=True)
             )
-            if krylov.exhausted or self.spent() >= self.budget or done:
+            if at.exhausted or at.products >= self.settings.budget or done:
                 break
         ends = []
         for sign, e in zip(self.signs, errors, strict=True):
@@ -248,7 +328,17 @@ class _Search:
             stated = np.where(np.isfinite(e), e, plain)
             vectors = krylov.vectors(self._outer(sign, S.T).T)
             ends.append(_End(sign, kept.tolist(), vectors, stated.tolist(), met.tolist()))
-        return ends
+        return at, ends
+
+    def _purified(self, ends: list[_End]) -> Tensor:
+        # Vectors put together from a rounded basis, with the directions of their residuals.
+        Y = _orthonormal([end.vectors for end in ends])
+        W = self.matrix @ Y
+        for _ in range(2):
+            W = W - Y @ (Y.T @ W)
+        sizes = W.norm(dim=0)
+        W = W[:, sizes > 0] / sizes[sizes > 0]
+        return torch.linalg.qr(torch.cat([Y, W], dim=1)[:, : self.matrix.dim])[0]
 
     def _outer(self, sign: int, ascending: np.ndarray) -> np.ndarray:
         # The k outermost of an end, outermost first.
@@ -260,12 +350,12 @@ class _Search:
         values: np.ndarray,
         residuals: np.ndarray,
         history: list[np.ndarray],
-        krylov: Krylov,
+        exhausted: bool,
     ) -> np.ndarray:
         # Outermost first; inf while it is not known whether a value stands still.
         v, r = self._outer(sign, values), self._outer(sign, residuals)
         errors = distinct_errors(v[::-sign], r[::-sign])[::-sign] + self.floor
-        if krylov.exhausted:
+        if exhausted:
             return errors
         drift = np.full(len(v), math.inf)
         if len(history) > STAGNATION_STEPS:
@@ -276,14 +366,16 @@ class _Search:
 
     # -- the second start ------------------------------------------------------------
 
-    def _second_starts(self, ends: list[_End], steps: int) -> tuple[list[_End], str]:
+    def _second_starts(
+        self, ends: list[_End], steps: int, room: int | None
+    ) -> tuple[list[_End], str]:
         # Look for what the first start could not see, such as repeated eigenvalues.
         outcome = "agreed"
         while True:
             locked = _orthonormal([end.vectors for end in ends])
             if locked.shape[1] >= self.matrix.dim:
                 return ends, outcome
-            krylov = Krylov(self.matrix, self.generator, locked)
+            krylov = self._krylov(locked, None, room)
             if krylov.exhausted:
                 return ends, outcome
             finished = self._search_beyond(krylov, ends, max(FEWEST_STEPS, 3 * steps // 4))
@@ -296,7 +388,7 @@ class _Search:
                 return ends, outcome
             outcome = "found more"
             Y = _orthonormal([locked, krylov.vectors(S[:, beyond])])
-            if self.spent() + Y.shape[1] > self.budget:
+            if self.spent() + Y.shape[1] > self.settings.budget:
                 return ends, "not run"
             ends = self._rotate(Y)
             if not all(all(end.converged) for end in ends):
@@ -313,7 +405,7 @@ class _Search:
         # found) or its outermost pair stands still; False if the budget ends before.
         history: list[np.ndarray] = []
         while not krylov.exhausted:
-            if self.spent() >= self.budget:
+            if self.spent() >= self.settings.budget:
                 return False
             krylov.step()
             values, _, residuals = self._ritz(krylov)
@@ -353,6 +445,7 @@ class _Search:
         AY = self.matrix @ Y
         M = (Y.T @ AY).double().cpu().numpy()
         values, S = np.linalg.eigh((M + M.T) / 2)
+        self.low, self.high = min(self.low, values[0]), max(self.high, values[-1])
         rotation = torch.as_tensor(S, dtype=Y.dtype, device=Y.device)
         X = Y @ rotation
         scale = torch.as_tensor(values, dtype=Y.dtype, device=Y.device)
@@ -366,10 +459,14 @@ class _Search:
             ends.append(_End(sign, v.tolist(), X[:, index], e.tolist(), met))
         return ends
 
-    def _result(self, ends: list[_End], steps: int, second: str) -> Eigenpairs:
+    def _result(
+        self, ends: list[_End], steps: int, products: int, restarts: int, second: str
+    ) -> Eigenpairs:
         low, high = self.low - self.floor, self.high + self.floor
         if second != "not needed":
-            share = unseen_share(self.matrix.dim, steps, self.probability / 2)
+            share = math.inf
+            if steps:
+                share = unseen_share(self.matrix.dim, steps, self.settings.probability / 2)
             # Each end may miss a share of the true width W: W (1 - 2 share) <= high - low.
             missed = share * (high - low) / (1 - 2 * share) if share < 0.5 else math.inf
             low, high = low - missed, high + missed
@@ -388,10 +485,11 @@ class _Search:
             smallest_converged=tuple(bottom.converged),
             upper_bound=float(high),
             lower_bound=float(low),
-            failure_probability=self.probability,
+            failure_probability=self.settings.probability,
             second_start=second,
-            num_steps=steps,
+            num_steps=products,
             num_matvecs=self.spent(),
+            num_restarts=restarts,
         )
 
 
