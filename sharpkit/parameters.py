@@ -154,6 +154,24 @@ class ParameterSpace:
             for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)
         }
 
+    def layers(self) -> dict[str, list[slice]]:
+        """Return where each layer's parameters lie in a flat vector.
+
+        A layer is the module that a parameter belongs to; parameters of the model itself
+        are layers of their own.
+
+        Example:
+            >>> names = {"fc.weight": torch.zeros(2, 3), "fc.bias": torch.zeros(2)}
+            >>> ParameterSpace.of({**names, "scale": torch.zeros(1)}).layers()
+            {'fc': [slice(0, 6, None), slice(6, 8, None)], 'scale': [slice(8, 9, None)]}
+        """
+        found: dict[str, list[slice]] = {}
+        start = 0
+        for name, size in zip(self.names, self.sizes, strict=True):
+            found.setdefault(name.rpartition(".")[0] or name, []).append(slice(start, start + size))
+            start += size
+        return found
+
     def check_vector(self, vector: Tensor) -> None:
         """Raise ShapeError unless the vector has shape ``[P]``."""
         if vector.shape != (self.dim,):

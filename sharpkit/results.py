@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import numpy as np
 import scipy.stats
 
 from sharpkit.errors import MeasureError, SettingsError
@@ -89,9 +90,10 @@ class Part:
     value: float
     probe_error: float | None
     converged: bool = True
+    dof: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("value", "probe_error"):
+        for name in ("value", "probe_error", "dof"):
             object.__setattr__(self, name, _number(getattr(self, name)))
 
 
@@ -394,12 +396,59 @@ class Spectrum:
         weights: Their Gauss weights.
         dim: Number of eigenvalues P that the density stands for.
         cost: What it cost.
+        known: Eigenvalues that are exact: nodes of weight ``1 / dim`` in every probe.
+
+    Example:
+        >>> s = Spectrum(((0.0, 4.0),), ((0.75, 0.25),), dim=4)
+        >>> s.cumulative([-1.0, 2.0, 5.0])[0]
+        [0.0, 0.75, 1.0]
     """
 
     nodes: tuple[tuple[float, ...], ...]
     weights: tuple[tuple[float, ...], ...]
     dim: int
     cost: Cost = field(default_factory=Cost)
+    known: tuple[float, ...] = ()
+
+    def cumulative(
+        self, grid: Sequence[float], level: float = 0.95
+    ) -> tuple[list[float], list[float], list[float]]:
+        """Return the share of eigenvalues up to each point, and a band that holds it.
+
+        Between two nodes of a probe the share for its start vector is known to within the
+        weights of both (Chebyshev, Markov and Stieltjes); to this comes the scatter over
+        probes, with Student's t for their number. With one probe the scatter is unknown,
+        and the band is that of the probe.
+
+        Args:
+            grid: Points.
+            level: Probability of the band, point by point.
+
+        Returns:
+            Shares, lower and upper ends, each with one number a point.
+        """
+        points = np.asarray(grid, dtype=float)
+        exact = np.asarray(sorted(self.known))
+        base = np.searchsorted(exact, points, side="right") / self.dim
+        rows = []
+        for nodes, weights in zip(self.nodes, self.weights, strict=True):
+            x, w = np.asarray(nodes), np.asarray(weights)
+            bulk = _without(x, exact)
+            x, w = x[bulk], w[bulk]
+            steps = np.r_[0.0, np.cumsum(w)]
+            at = np.searchsorted(x, points, side="right")
+            lower, upper = steps[np.maximum(at - 1, 0)], steps[np.minimum(at + 1, len(w))]
+            rows.append(np.stack([steps[at], lower, upper]))
+        share, low, high = np.mean(rows, axis=0)
+        spread = np.zeros_like(share)
+        if len(rows) > 1:
+            spread = np.std([r[0] for r in rows], axis=0, ddof=1) / math.sqrt(len(rows))
+            spread = spread * _quantile(level, len(rows) - 1)
+        return (
+            (base + share).tolist(),
+            np.maximum(base + low - spread, 0.0).tolist(),
+            np.minimum(base + high + spread, 1.0).tolist(),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -407,5 +456,16 @@ class Spectrum:
             "nodes": [list(row) for row in self.nodes],
             "weights": [list(row) for row in self.weights],
             "dim": self.dim,
+            "known": list(self.known),
             "cost": vars(self.cost),
         }
+
+
+def _without(nodes: np.ndarray, known: np.ndarray) -> np.ndarray:
+    # Which nodes are left when each known value is taken out once.
+    keep = np.ones(len(nodes), dtype=bool)
+    for value in known:
+        found = np.flatnonzero((nodes == value) & keep)
+        if len(found):
+            keep[found[0]] = False
+    return keep

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sharpkit.estimators.protocol import Matrix
 
-__all__ = ["Basis", "Storage", "accurate_gram"]
+__all__ = ["Basis", "Storage", "accurate_gram", "column_dots"]
 
 ROWS = 16  # vectors of a chunk: memory grows by so many, and nothing is copied
 SLICE = 2**20  # entries of each vector taken at a time where all of them would not fit
@@ -40,6 +40,19 @@ def accurate_gram(X: Tensor, W: Tensor) -> Tensor:
     total = torch.zeros(X.shape[1], W.shape[1], dtype=torch.float64, device=X.device)
     for x, w in zip(X.split(SLICE), W.split(SLICE), strict=True):
         total += x.double().T @ w.double()
+    return total
+
+
+def column_dots(X: Tensor, W: Tensor) -> Tensor:
+    """Return ``x_k . w_k`` of the columns, summed in float64, without a copy of either.
+
+    Example:
+        >>> column_dots(torch.ones(3, 2), torch.ones(3, 2)).tolist()
+        [3.0, 3.0]
+    """
+    total = torch.zeros(X.shape[1], dtype=torch.float64, device=X.device)
+    for x, w in zip(X.split(SLICE), W.split(SLICE), strict=True):
+        total += (x.double() * w).sum(dim=0)
     return total
 
 

@@ -218,12 +218,8 @@ class Krylov:
         """Go back to what was known after the first steps, and free the rest's memory."""
         at = self.steps[steps - 1]
         if steps < len(self.steps):
-            width = len(at.coupling)
-            unit = torch.zeros(
-                at.size + width, width, dtype=self.matrix.dtype, device=self.matrix.device
-            )
-            unit[at.size :].fill_diagonal_(1)
-            self._next = self.basis.combine(unit)
+            # After a breakdown the block was a fresh one, and the coupling is zero.
+            self._next = self._block_after(at)
         self.basis.truncate(at.size)
         self._T, self._R = self._T[: at.size, : at.size], at.coupling
         self._scale, self._noise = at.scale, at.noise
@@ -264,6 +260,23 @@ class Krylov:
             along = np.concatenate(self._couplings, axis=1)[:, : at.size] @ S
             residuals = np.hypot(residuals, np.linalg.norm(along, axis=0))
         return values, S, residuals
+
+    def beyond(self, steps: int | None = None) -> tuple[Tensor | None, np.ndarray]:
+        """Return the block after a step and its coupling: ``A V = V T + X R``."""
+        at = self._at(steps)
+        if not at.coupling.any():
+            return None, at.coupling
+        if len(self.steps) == (steps or len(self.steps)):
+            return self._next, at.coupling
+        return self._block_after(at), at.coupling
+
+    def _block_after(self, at: _Step) -> Tensor:
+        width = len(at.coupling)
+        unit = torch.zeros(
+            at.size + width, width, dtype=self.matrix.dtype, device=self.matrix.device
+        )
+        unit[at.size :].fill_diagonal_(1)
+        return self.basis.combine(unit)
 
     def vectors(self, coefficients: np.ndarray) -> Tensor:
         """Return Ritz vectors ``[P, j]`` for columns of coefficients."""

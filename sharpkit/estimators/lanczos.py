@@ -21,6 +21,7 @@ Which: TypeAlias = Literal["both", "largest", "smallest"]
 
 SMALL_SHARE = 0.05  # an eigenvalue below this share of the largest is "small"
 COARSEST = 0.01  # a larger relative residual cannot tell an eigenvalue from its neighbour
+DOUBTED = 6  # times the tolerance: what a doubt may add to an error that met it
 STAGNATION_STEPS = 5
 FEWEST_STEPS = 8  # of a second start, before it may say that nothing was missed
 
@@ -439,6 +440,8 @@ class _Search:
                     max(e, width) if end.sign * (v - values[i]) <= width else e
                     for v, e in zip(end.values, end.errors, strict=True)
                 ]
+                met = np.array(end.errors) <= DOUBTED * self._allowed(np.array(end.values))
+                end.converged = [a and bool(b) for a, b in zip(end.converged, met, strict=True)]
 
     def _rotate(self, Y: Tensor) -> list[_End]:
         # Rayleigh-Ritz with explicit products: eigenvalues, vectors and true residuals.

@@ -31,6 +31,7 @@ __all__ = [
     "move",
     "shared_paths",
     "split",
+    "strided",
 ]
 
 DATASET_BATCH_SIZE = 256  # for a bare map-style Dataset, which has no batches of its own
@@ -210,6 +211,31 @@ def split(batch: Any, size: int, shared: Iterable[str] = ()) -> list[Any]:
         return _map(batch, cut)
 
     return [piece(start) for start in range(0, total, size)]
+
+
+def strided(batch: Any, count: int, shared: Iterable[str] = ()) -> list[Any]:
+    """Return ``count`` pieces (fewer of a small batch), each of every so-many-th example.
+
+    Unlike runs of neighbours they are alike when the examples are sorted by class.
+
+    Example:
+        >>> x = torch.arange(5)
+        >>> [piece[0].tolist() for piece in strided((x, x), 2)]
+        [[0, 2, 4], [1, 3]]
+    """
+    total = batch_size(batch)
+    if total is None or total < 2 or count < 2:
+        return [batch]
+    whole = set(shared)
+
+    def piece(start: int) -> Any:
+        def cut(path: str, leaf: Any) -> Any:
+            parted = _length(leaf) == total and path not in whole
+            return leaf[start::count] if parted else leaf
+
+        return _map(batch, cut)
+
+    return [piece(start) for start in range(min(count, total))]
 
 
 def doubled(batch: Any) -> Any:

@@ -99,8 +99,7 @@ class HessianProducts:
         """Return ``H V [P, K]``."""
         if V.shape[1] == 0:
             return torch.zeros_like(V)
-        if self._way is None:
-            self._way = self._choose_way()
+        self.choose()
         if self._way == "forward_over_reverse":
             self.mode = self._way
             return self._forward_over_reverse(V)
@@ -108,6 +107,28 @@ class HessianProducts:
             self.mode = self._way
             return self._central(V)
         return self._double_backward(V)
+
+    def of_piece(self, batch: Any, V: Tensor) -> Tensor:
+        """Return what a piece of the data contributes to ``H V``, inside a pass over them.
+
+        Not by central differences, which are taken of whole gradients.
+        """
+        if self._way == "forward_over_reverse":
+            return products.forward_over_reverse(
+                lambda theta: self._loss(theta, batch), self._leaves, V
+            )
+        graph = products.gradient_graph(self._loss(self._leaves, batch), self._leaves)
+        return products.double_backward([graph], self._leaves, V, keep=False)
+
+    @property
+    def by_differences(self) -> bool:
+        """Whether central differences are the chosen way."""
+        return self._way == "central_difference"
+
+    def choose(self) -> None:
+        """Choose the way of computing products, if that was not done."""
+        if self._way is None:
+            self._way = self._choose_way()
 
     def _loss(self, theta: Named, batch: Any) -> Tensor:
         return self._evaluator.share(theta, batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from sharpkit.objective.admission import HvpMode, refuse_training_mode, trainabl
 from sharpkit.objective.checks import first_pass
 from sharpkit.objective.evaluator import Evaluator
 from sharpkit.objective.gauss_newton import gauss_newton, verify_outputs
+from sharpkit.objective.groups import GroupForms, grouped_forms
 from sharpkit.objective.hessian import HessianProducts
 from sharpkit.objective.isolation import unwrap
 from sharpkit.objective.losses import BatchLoss, CriterionLoss
@@ -440,6 +441,32 @@ class Objective:
         self._each_example_gradient(add)
         total /= self.num_examples
         return total if vectors.ndim == 2 else total[:, 0]
+
+    @torch.inference_mode(False)
+    def grouped_forms(
+        self, vectors: Tensor, lefts: Sequence[Tensor], *, num_groups: int = 16
+    ) -> GroupForms | None:
+        r"""Return :math:`u^\top S_g v` of the Hessian's part from each group of the data.
+
+        How much these differ tells the error from the data being a sample. One streamed
+        pass: ``1 + 2K`` gradients. None where only central differences work.
+
+        Args:
+            vectors: Right vectors ``[P, K]``.
+            lefts: Left vectors, each ``[P, K]``.
+            num_groups: Groups that the batches, or pieces of them, are dealt out to.
+        """
+        V = self._matrix(vectors)
+        self._hessian.choose()
+        if self._hessian.by_differences:
+            return None
+        self._shared.hvps += V.shape[1]
+
+        def product(piece: Any, W: Tensor) -> Tensor:
+            return self._hessian.of_piece(piece, W)
+
+        lefts = [self._matrix(U) for U in lefts]
+        return grouped_forms(self._evaluator, self._leaves, product, V, lefts, num_groups)
 
     def release(self) -> None:
         """Free the gradient graphs that were kept for Hessian-vector products."""

@@ -1,0 +1,258 @@
+"""Numbers of a whole spectrum: entropies, ranks, negative mass, log-determinant, density."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from sharpkit.errors import MeasureError, SettingsError
+from sharpkit.estimators.deflation import Quadrature
+from sharpkit.estimators.jackknife import jackknife
+from sharpkit.estimators.protocol import check_positive
+from sharpkit.results import Estimate, Spectrum
+
+__all__ = [
+    "SpectrumPart",
+    "check_alpha",
+    "density_of",
+    "effective_rank",
+    "log_det",
+    "negative_mass",
+    "renyi_entropy",
+]
+
+SpectrumPart: TypeAlias = Literal["abs", "clipped"]
+
+ROUNDING = 1e-6  # nats: sums of float32 products are no better
+SMALL_SHIFT = 0.01  # nats that eigenvalues below rounding may hide without a word
+
+
+def check_alpha(alpha: float) -> float:
+    """Return alpha; raises SettingsError unless it is positive (inf is allowed)."""
+    if not alpha > 0:
+        raise SettingsError(f"Expected `alpha` greater than 0 (inf is allowed). Got {alpha!r}.")
+    return float(alpha)
+
+
+def _spectrum(part: SpectrumPart, floor: float) -> Callable[[np.ndarray], np.ndarray]:
+    if part not in ("abs", "clipped"):
+        raise SettingsError(f"Expected `spectrum` to be 'abs' or 'clipped'. Got {part!r}.")
+
+    def positive(x: np.ndarray) -> np.ndarray:
+        size = abs(x) if part == "abs" else np.maximum(x, 0.0)
+        result: np.ndarray = np.where(size > floor, size, 0.0)
+        return result
+
+    return positive
+
+
+def _power(alpha: float) -> Callable[[np.ndarray], np.ndarray]:
+    # x^alpha for x >= 0 with 0^alpha = 0; x log x for alpha = 1.
+    def power(x: np.ndarray) -> np.ndarray:
+        safe = np.where(x > 0, x, 1.0)
+        values = x * np.log(safe) if alpha == 1 else safe**alpha
+        result: np.ndarray = np.where(x > 0, values, 0.0)
+        return result
+
+    return power
+
+
+def renyi_entropy(quadrature: Quadrature, *, alpha: float, spectrum: SpectrumPart = "abs") -> Estimate:
+    r"""Estimate the Renyi entropy of the spectrum, in nats.
+
+    .. math::
+        H_\alpha = \frac{1}{1-\alpha}\log\frac{\operatorname{tr} |A|^\alpha}
+        {(\operatorname{tr} |A|)^\alpha}, \quad
+        H_1 = -\sum_i p_i \log p_i, \quad H_\infty = -\log \max_i p_i,
+        \quad p_i = |\lambda_i| / \operatorname{tr}|A|
+
+    Both traces come from the same probes; the bias of the ratio's logarithm is removed by
+    the jackknife, whose error is combined with what the last third of the Lanczos steps
+    changed. Eigenvalues below the rounding level count as zero: for alpha < 1 very many of
+    them could matter, and ``details["floor_shift"]`` says by how many nats at most.
+
+    Args:
+        quadrature: Of the matrix.
+        alpha: Order, greater than 0; inf is allowed.
+        spectrum: ``"abs"`` takes magnitudes, ``"clipped"`` leaves out negative eigenvalues.
+
+    Raises:
+        SettingsError: If alpha is not positive or the spectrum's name is unknown.
+        MeasureError: If the matrix is zero, which has no entropy.
+    """
+    alpha = check_alpha(alpha)
+    floor = quadrature.floor
+    sizes = _spectrum(spectrum, floor)
+    power = _power(alpha)
+    low, high = quadrature.extremes()
+    largest = float(sizes(np.array([low, high])).max())
+    if largest == 0:
+        raise MeasureError(
+            "Expected a matrix with eigenvalues above the rounding level"
+            f" ({floor:.1e}). All are below it, and zero has no entropy."
+        )
+
+    def scaled(x: np.ndarray) -> np.ndarray:
+        return sizes(x) / largest  # powers neither overflow nor vanish
+
+    def entropy(means: np.ndarray) -> float:
+        total, powers = (max(float(m), 1e-300) for m in means)
+        if alpha == 1:
+            return math.log(total) - float(means[1]) / total
+        if math.isinf(alpha):
+            return math.log(total)
+        return (math.log(powers) - alpha * math.log(total)) / (1 - alpha)
+
+    def samples(steps: int | None = None) -> np.ndarray:
+        first = quadrature.sums(scaled, steps)
+        if math.isinf(alpha):
+            return np.stack([first, first], axis=1)
+        return np.stack([first, quadrature.sums(lambda x: power(scaled(x)), steps)], axis=1)
+
+    every = samples()
+    result = jackknife(every, entropy)
+    means = every.mean(axis=0)
+    truncation = abs(entropy(means) - entropy(samples(_fewer(quadrature)).mean(axis=0)))
+    details = {
+        "alpha": alpha,
+        "spectrum": spectrum,
+        "floor": floor,
+        "truncation": truncation,
+        "num_probes": len(every),
+        "num_steps": quadrature.num_steps,
+        "num_locked": quadrature.locked.size,
+    }
+    notes: tuple[str, ...] = ()
+    if alpha < 1:
+        below = quadrature.sums(lambda x: (sizes(x) == 0).astype(float)).mean()
+        hidden = below * (floor / largest) ** alpha
+        shift = math.log1p(hidden / max(float(means[1]), 1e-300)) / (1 - alpha)
+        details["floor_shift"] = shift
+        if shift > SMALL_SHIFT:
+            notes = (
+                f"Eigenvalues below the rounding level {floor:.1e} count as zero; if they were"
+                f" at it, the entropy would be {shift:.2g} higher. Measure with"
+                " dtype=torch.float64, or use alpha > 1.",
+            )
+    return Estimate(
+        value=result.value,
+        # The root at zero makes few nodes miss more than the last of them changed.
+        probe_error=math.hypot(result.error, truncation / (1 if alpha < 1 else 2), ROUNDING),
+        error_kind="stderr",
+        cost=quadrature.cost,
+        details=details,
+        notes=notes,
+        dof=len(every) - 1,
+        draws=result.draws,
+    )
+
+
+def _fewer(quadrature: Quadrature) -> int:
+    return max(-(-2 * quadrature.num_steps // 3), 1)
+
+
+def effective_rank(quadrature: Quadrature) -> Estimate:
+    r"""Estimate the effective rank :math:`e^{H_1}`, between 1 and P.
+
+    Roy and Vetterli 2007 (doi:10.5281/zenodo.40328): the number of equal eigenvalues that
+    have the same Shannon entropy.
+
+    Raises:
+        MeasureError: If the matrix is zero.
+    """
+    entropy = renyi_entropy(quadrature, alpha=1.0)
+    rank = math.exp(entropy.value)
+    return Estimate(
+        value=rank,
+        probe_error=rank * (entropy.probe_error or 0.0),
+        error_kind="stderr",
+        cost=entropy.cost,
+        details=entropy.details,
+        dof=entropy.dof,
+        draws=tuple(rank * (1 + d - entropy.value) for d in entropy.draws),
+    )
+
+
+def negative_mass(quadrature: Quadrature) -> Estimate:
+    r"""Estimate the share of negative curvature, :math:`\sum_{\lambda<0}|\lambda| / \sum|\lambda|`.
+
+    Raises:
+        MeasureError: If the matrix is zero.
+    """
+    floor = quadrature.floor
+
+    def samples(steps: int | None = None) -> np.ndarray:
+        below = quadrature.sums(lambda x: np.where(x < -floor, -x, 0.0), steps)
+        return np.stack([below, quadrature.sums(abs, steps)], axis=1)
+
+    every = samples()
+    if every[:, 1].mean() <= floor:
+        raise MeasureError("Expected a matrix that is not zero. Its eigenvalues are all zero.")
+
+    def share(means: np.ndarray) -> float:
+        return float(means[0] / means[1])
+
+    result = jackknife(every, share)
+    truncation = abs(share(every.mean(axis=0)) - share(samples(_fewer(quadrature)).mean(axis=0)))
+    return Estimate(
+        value=min(max(result.value, 0.0), 1.0),
+        probe_error=math.hypot(result.error, truncation / 2),
+        error_kind="stderr",
+        cost=quadrature.cost,
+        details={"truncation": truncation, "num_probes": len(every)},
+        dof=len(every) - 1,
+        draws=result.draws,
+    )
+
+
+def log_det(quadrature: Quadrature, *, tau: float) -> Estimate:
+    r"""Estimate :math:`\log\det(A + \tau I) = \sum_i \log(\lambda_i + \tau)`.
+
+    Raises:
+        SettingsError: If tau is not positive.
+        MeasureError: If an eigenvalue of at most ``-tau`` was met.
+    """
+    check_positive("tau", tau)
+    low, _ = quadrature.extremes()
+    if low <= -tau:
+        raise MeasureError(
+            f"Expected eigenvalues greater than -tau = {-tau:g}. There is one of {low:.4g}, so"
+            " the determinant has no real logarithm. Use a larger `tau`, or the GGN."
+        )
+
+    def logarithms(x: np.ndarray) -> np.ndarray:
+        result: np.ndarray = np.log1p(x / tau)
+        return result
+
+    samples = quadrature.sums(logarithms) + quadrature.dim * math.log(tau)
+    coarse = quadrature.sums(logarithms, _fewer(quadrature)) + quadrature.dim * math.log(tau)
+    truncation = abs(float(samples.mean() - coarse.mean()))
+    error = float(samples.std(ddof=1) / math.sqrt(len(samples)))
+    return Estimate(
+        value=float(samples.mean()),
+        probe_error=math.hypot(error, truncation / 2, quadrature.floor),
+        error_kind="stderr",
+        cost=quadrature.cost,
+        details={"tau": tau, "truncation": truncation, "num_probes": len(samples)},
+        dof=len(samples) - 1,
+        draws=tuple(samples.tolist()),
+    )
+
+
+def density_of(quadrature: Quadrature) -> Spectrum:
+    """Return the spectral density: the known eigenvalues exactly, the rest by quadrature."""
+    locked = quadrature.locked
+    known = tuple(sorted(float(x) for x in locked.values))
+    dim = quadrature.dim
+    nodes, weights = [], []
+    for x, w in quadrature.rules():
+        rest = (dim - locked.size) / dim
+        pairs = sorted(
+            [*((k, 1 / dim) for k in known), *zip(x.tolist(), (rest * w).tolist(), strict=True)]
+        )
+        nodes.append(tuple(p[0] for p in pairs))
+        weights.append(tuple(p[1] for p in pairs))
+    return Spectrum(tuple(nodes), tuple(weights), dim, quadrature.cost, known)

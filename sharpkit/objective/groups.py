@@ -1,0 +1,103 @@
+"""The same number on parts of the data: how much it depends on the sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpkit.objective import batches as trees
+from sharpkit.objective.evaluator import Evaluator
+from sharpkit.objective.products import Named
+
+__all__ = ["GroupForms", "grouped_forms"]
+
+FEWEST = 4  # groups that can still say how much they differ
+
+
+@dataclass(frozen=True)
+class GroupForms:
+    r"""Bilinear forms of a curvature matrix, group by group of the data.
+
+    Attributes:
+        weights: Share of the loss terms in each group, ``[G]``; they sum to 1.
+        forms: :math:`u_{lk}^\top S_g v_k` with the group's part :math:`S_g` of the
+            matrix, ``[L, G, K]``; summed over groups they are the forms of the whole.
+    """
+
+    weights: Tensor
+    forms: Tensor
+
+    def error(self, coefficients: Tensor) -> tuple[float, tuple[float, ...]] | None:
+        """Return the standard error of a combination of forms, and its value on each group.
+
+        Args:
+            coefficients: ``[L, K]``; the number is ``sum_lk c_lk sum_g forms_lgk``.
+
+        Returns:
+            The error from the data being a sample, and pseudo-values whose mean is the
+            number; None with fewer than four groups.
+        """
+        used = self.weights > 0
+        parts = torch.einsum("lgk,lk->g", self.forms, coefficients.to(self.forms))[used]
+        count = len(parts)
+        if count < FEWEST:
+            return None
+        total = parts.sum()
+        off = parts - self.weights[used] * total  # a group's mean less the mean of all
+        values = total + count * off
+        error = math.sqrt(count / (count - 1) * float(off.square().sum()))
+        return error, tuple(values.tolist())
+
+
+def grouped_forms(
+    evaluator: Evaluator,
+    theta: Named,
+    product: Callable[[Any, Tensor], Tensor],
+    V: Tensor,
+    lefts: Sequence[Tensor],
+    num_groups: int,
+) -> GroupForms:
+    """Return forms ``u . S_g v`` from one streamed pass over the data.
+
+    Batches are dealt out to the groups in turn; fewer batches than groups are cut into
+    pieces of every so-many-th example. A loss that does not add up over examples is not cut.
+
+    Args:
+        evaluator: The loss of batches.
+        theta: The parameters to differentiate at.
+        product: Maps a piece and ``V [P, K]`` to its contribution.
+        V: Right vectors ``[P, K]``.
+        lefts: Left vectors, each ``[P, K]``.
+        num_groups: Groups to deal out to.
+    """
+    cuts = 1
+    if evaluator.additive and evaluator.num_batches < num_groups:
+        cuts = -(-num_groups // max(evaluator.num_batches, 1))
+    weights = torch.zeros(num_groups, dtype=torch.float64)
+    forms = torch.zeros(len(lefts), num_groups, V.shape[1], dtype=torch.float64)
+    dealt = 0
+
+    def one(batch: Any) -> list[tuple[float, Tensor]]:
+        rows = []
+        for piece in trees.strided(batch, cuts, evaluator.shared):
+            with torch.no_grad():
+                count = evaluator.loss(theta, piece)[1]
+            SV = product(piece, V)
+            row = torch.stack([(U.double() * SV).sum(dim=0) for U in lefts])
+            rows.append((count, row.cpu()))
+        return rows
+
+    def add(rows: list[tuple[float, Tensor]]) -> None:
+        nonlocal dealt
+        for count, row in rows:
+            weights[dealt % num_groups] += count
+            forms[:, dealt % num_groups] += row
+            dealt += 1
+
+    evaluator.each(one, add, grad=True, theta=theta)
+    return GroupForms(weights / evaluator.num_terms, forms)
