@@ -2,23 +2,61 @@
 
 from sharpkit.estimators.ascent import Ascent, maximize_in_ball, project, steepest
 from sharpkit.estimators.average import average_rise
+from sharpkit.estimators.basis import Storage
+from sharpkit.estimators.deflation import (
+    Locked,
+    Probes,
+    Probing,
+    Quadrature,
+    deflated_quadrature,
+    deflated_trace,
+    frobenius_norm,
+    lock,
+)
 from sharpkit.estimators.density import spectral_density
 from sharpkit.estimators.diagonal import Diagonal, exact_diagonal, hutchinson_diagonal
+from sharpkit.estimators.functions import (
+    SpectrumPart,
+    density_of,
+    effective_rank,
+    log_det,
+    negative_mass,
+    renyi_entropy,
+)
+from sharpkit.estimators.krylov import Krylov
 from sharpkit.estimators.lanczos import Eigenpairs, Which, lanczos
+from sharpkit.estimators.protocol import random_signs
 from sharpkit.estimators.trace import hutchinson_trace
 
 __all__ = [
     "Ascent",
     "Diagonal",
     "Eigenpairs",
+    "Krylov",
+    "Locked",
+    "Probes",
+    "Probing",
+    "Quadrature",
+    "SpectrumPart",
+    "Storage",
     "Which",
     "average_rise",
+    "deflated_quadrature",
+    "deflated_trace",
+    "density_of",
+    "effective_rank",
     "exact_diagonal",
+    "frobenius_norm",
     "hutchinson_diagonal",
     "hutchinson_trace",
     "lanczos",
+    "lock",
+    "log_det",
     "maximize_in_ball",
+    "negative_mass",
     "project",
+    "random_signs",
+    "renyi_entropy",
     "spectral_density",
     "steepest",
 ]

@@ -1,0 +1,313 @@
+"""What all numbers of one matrix share: the start of a Lanczos run, and random probes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharpkit.estimators import (
+    Eigenpairs,
+    Krylov,
+    Locked,
+    Probing,
+    Quadrature,
+    Which,
+    deflated_quadrature,
+    deflated_trace,
+    frobenius_norm,
+    lanczos,
+    lock,
+    random_signs,
+)
+from sharpkit.estimators.deflation import Probes, trace_of
+from sharpkit.operators import SymmetricOperator
+from sharpkit.results import Estimate
+
+__all__ = ["DataForms", "Function", "Spectral"]
+
+T = TypeVar("T")
+Function = Callable[[np.ndarray], np.ndarray]
+
+HEAD_STEPS = 24  # of the run that outliers are taken from; more of them find bulk only
+DATA_PROBES = 4  # they only have to show how much groups of the data differ
+MOST_DATA_VECTORS = 16
+BLOCK = 8  # columns of a pass over groups: memory
+
+
+class DataForms(Protocol):
+    """What groups of the data contribute to bilinear forms, as an objective gives it."""
+
+    def error(self, coefficients: Tensor) -> tuple[float, tuple[float, ...]] | None:
+        """Return a standard error and pseudo-values of a combination."""
+        ...
+
+
+FormsOf = Callable[[Tensor, Sequence[Tensor]], Any]
+
+
+class Spectral:
+    """Eigenpairs, traces and functions of one matrix, each computed once.
+
+    One Lanczos run serves all: its first 24 steps give the outliers, which are then known
+    and out of the noise of every trace; the search for eigenpairs goes on from there. What
+    a number is does not depend on which other numbers were asked for.
+
+    Args:
+        operator: The matrix.
+        generator: Gives a fresh generator for a purpose.
+        blocks: Parts of the diagonal (layers) to be summed on their own.
+        max_basis: Most Krylov vectors to hold; None: no limit.
+        forms: Gives the forms of groups of the data; None: no error from the data.
+    """
+
+    def __init__(
+        self,
+        operator: SymmetricOperator,
+        generator: Callable[[str], torch.Generator],
+        *,
+        blocks: dict[str, list[slice]] | None = None,
+        max_basis: int | None = None,
+        forms: FormsOf | None = None,
+    ):
+        self.operator, self.blocks, self.max_basis = operator, blocks or {}, max_basis
+        self._generator, self._forms = generator, forms
+        self._krylov: Krylov | None = None
+        self._memory: dict[tuple[Any, ...], Any] = {}
+
+    def _once(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
+        if key not in self._memory:
+            self._memory[key] = compute()
+        value: T = self._memory[key]
+        return value
+
+    # -- the Lanczos run -------------------------------------------------------------
+
+    def _run(self) -> Krylov:
+        if self._krylov is None or self._krylov.restarts:
+            keep = (3, 3) if self.max_basis is None else (self.max_basis // 4,) * 2
+            self._krylov = Krylov(
+                self.operator,
+                self._generator("lanczos"),
+                max_basis=self.max_basis,
+                keep=keep,
+            )
+        return self._krylov
+
+    def _head(self) -> tuple[Krylov, int]:
+        krylov = self._run()
+        most = HEAD_STEPS if self.max_basis is None else min(HEAD_STEPS, self.max_basis)
+        while len(krylov.steps) < most and not (krylov.steps and krylov.steps[-1].exhausted):
+            krylov.step()
+        return krylov, min(len(krylov.steps), most)
+
+    @property
+    def locked(self) -> Locked:
+        """The outliers that the first steps of the run have found."""
+        return self._once(("locked",), lambda: lock(*self._head()))
+
+    def ritz_extremes(self) -> tuple[float, float, float, bool]:
+        """Return the extreme Ritz values of the first steps, and whether the largest stands.
+
+        Returns:
+            Smallest and largest value, the residual of the one of larger magnitude, and
+            whether that is below 1% of it.
+        """
+
+        def compute() -> tuple[float, float, float, bool]:
+            krylov, steps = self._head()
+            values, _, residuals = krylov.ritz(steps)
+            at = int(np.argmax(abs(values)))
+            error = float(residuals[at]) + krylov.floor(steps)
+            return (
+                float(values[0]),
+                float(values[-1]),
+                error,
+                error <= max(0.01 * abs(float(values[at])), 2 * krylov.floor(steps)),
+            )
+
+        return self._once(("extremes",), compute)
+
+    def eigenpairs(
+        self,
+        *,
+        k: int,
+        which: Which,
+        tol: float,
+        max_matvecs: int,
+        block_size: int = 1,
+        max_basis: int | None = None,
+    ) -> Eigenpairs:
+        """Return extreme eigenpairs; the same settings are computed once."""
+
+        def compute() -> Eigenpairs:
+            room = max_basis or self.max_basis
+            shared = block_size == 1 and max_basis is None
+            if shared and room is not None:
+                _ = self.locked  # before a restart overwrites the run's first vectors
+            return lanczos(
+                self.operator,
+                k=k,
+                which=which,
+                tol=tol,
+                max_matvecs=max_matvecs,
+                block_size=block_size,
+                max_basis=room,
+                generator=self._generator("lanczos") if not shared else self._generator("second"),
+                krylov=self._run() if shared else None,
+            )
+
+        return self._once(("eigenpairs", k, which, tol, max_matvecs, block_size, max_basis), compute)
+
+    # -- probes ----------------------------------------------------------------------
+
+    def _probing(self) -> Probing:
+        return Probing(self.operator, self.locked, self._generator("probes"), self.blocks)
+
+    def probes(self, num_probes: int) -> Probes:
+        """Return products of the deflated matrix with random signs."""
+        return self._once(("probes", num_probes), lambda: self._probing().until(num_probes))
+
+    def trace(self, *, num_probes: int, target_error: float | None = None) -> Estimate:
+        """Return the trace, with the data's error; see :func:`deflated_trace`."""
+        if target_error is None:
+            estimate = trace_of(self.probes(num_probes))
+        else:
+            estimate = deflated_trace(
+                self._probing(), num_probes=num_probes, target_error=target_error
+            )
+        return self.with_data_error(estimate, lambda x: x)
+
+    def frobenius_norm(self, *, num_probes: int) -> Estimate:
+        """Return the Frobenius norm, with the data's error."""
+        estimate = frobenius_norm(self.probes(num_probes))
+        scale = 2 * estimate.value or 1.0
+        return self.with_data_error(estimate, lambda x: x**2 / scale)
+
+    def quadrature(self, *, num_probes: int, num_steps: int) -> Quadrature:
+        """Return short Lanczos runs of the deflated matrix."""
+        return self._once(
+            ("quadrature", num_probes, num_steps),
+            lambda: deflated_quadrature(
+                self.operator,
+                self.locked,
+                num_probes=num_probes,
+                num_steps=num_steps,
+                generator=self._generator("probes"),
+            ),
+        )
+
+    # -- the data's error ------------------------------------------------------------
+
+    def with_data_error(self, estimate: Estimate, function: Function) -> Estimate:
+        r"""Return the estimate with its error from the data being a sample.
+
+        To first order a change dA of the matrix moves :math:`\operatorname{tr}\varphi(A)` by
+        :math:`\operatorname{tr}\varphi'(A)\,dA`: exactly along the known eigenvectors, and
+        with the quadratic that fits phi best over the rest of the spectrum, for the probes.
+
+        Args:
+            estimate: A number.
+            function: The phi whose trace has the number's first-order changes.
+        """
+        parts = self._data_parts()
+        if parts is None:
+            return estimate
+        blocks, values, nodes, weights = parts
+        slopes = _slope(function, values)
+        line, curve = _fit(function, nodes, weights)
+        known, count = len(values), sum(f.forms.shape[2] for f in blocks) - len(values)
+        first = np.concatenate([slopes, np.full(count, line / max(count, 1))])
+        second = np.concatenate([np.zeros(known), np.full(count, 2 * curve / max(count, 1))])
+        coefficients = torch.as_tensor(np.stack([first, second]))
+        found = _combined(blocks, coefficients)
+        if found is None:
+            return estimate
+        return replace(estimate, data_error=found[0], data_draws=_centred(found[1], estimate.value))
+
+    def eigenvalue_data_error(self, estimate: Estimate, vector: Tensor) -> Estimate:
+        """Return an eigenvalue with its error from the data: ``v . (A_g v)`` group by group."""
+        if self._forms is None:
+            return estimate
+        V = vector[:, None]
+        forms = self._forms(V, [V])
+        found = None if forms is None else forms.error(torch.ones(1, 1))
+        if found is None:
+            return estimate
+        return replace(estimate, data_error=found[0], data_draws=_centred(found[1], estimate.value))
+
+    def _data_parts(self) -> tuple[list[Any], np.ndarray, np.ndarray, np.ndarray] | None:
+        return self._once(("data",), self._compute_data_parts)
+
+    def _compute_data_parts(
+        self,
+    ) -> tuple[list[Any], np.ndarray, np.ndarray, np.ndarray] | None:
+        # Forms of the largest known eigenvectors (v, v), and of probes: (z, z) and (A'z, z).
+        if self._forms is None:
+            return None
+        locked = self.locked
+        order = np.argsort(-abs(locked.values))[:MOST_DATA_VECTORS]
+        generator = self._generator("probes")
+        nothing = self.operator.dim <= locked.size
+        Z = random_signs(self.operator, 0 if nothing else DATA_PROBES, generator)
+        Z = locked.project(Z)
+        Y = locked.project(self.operator @ Z) if Z.shape[1] else Z
+        V = torch.cat([locked.vectors[:, order.copy()], Z], dim=1)
+        lefts = torch.cat([torch.zeros_like(V[:, : len(order)]), Y], dim=1)
+        blocks = []
+        for start in range(0, V.shape[1], BLOCK):
+            part = slice(start, start + BLOCK)
+            forms = self._forms(V[:, part], [V[:, part], lefts[:, part]])
+            if forms is None:
+                return None
+            blocks.append(forms)
+        masses = Z.double().square().sum(dim=0)
+        nodes, weights = [], []
+        for z, y, mass in zip(Z.unbind(1), Y.unbind(1), masses.tolist(), strict=True):
+            # Two-point rules from first and second moments: where the rest of the spectrum lies.
+            mean = float(z.double() @ y.double()) / mass
+            spread = math.sqrt(max(float(y.double() @ y.double()) / mass - mean**2, 0.0))
+            nodes += [mean - spread, mean, mean + spread]
+            weights += [mass / 4, mass / 2, mass / 4]
+        return blocks, locked.values[order], np.array(nodes), np.array(weights)
+
+
+def _combined(
+    blocks: list[Any], coefficients: Tensor
+) -> tuple[float, tuple[float, ...]] | None:
+    # The forms of blocks of columns, put side by side again.
+    first = blocks[0]
+    whole = replace(first, forms=torch.cat([b.forms for b in blocks], dim=2))
+    found: tuple[float, tuple[float, ...]] | None = whole.error(coefficients)
+    return found
+
+
+def _centred(draws: tuple[float, ...], value: float) -> tuple[float, ...]:
+    # Linear parts of a number do not sum to it: shift them so that their mean is the number.
+    mean = sum(draws) / len(draws)
+    return tuple(d - mean + value for d in draws)
+
+
+def _slope(function: Function, x: np.ndarray) -> np.ndarray:
+    if not len(x):
+        return x
+    step = 1e-4 * np.maximum(abs(x), 1e-30)
+    slope: np.ndarray = (function(x + step) - function(x - step)) / (2 * step)
+    return slope
+
+
+def _fit(function: Function, x: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    # Linear and quadratic coefficient of the least-squares parabola.
+    scale = float(abs(x).max()) if len(x) else 0.0
+    if scale == 0:
+        return 0.0, 0.0
+    t = x / scale
+    root = np.sqrt(weights / weights.sum())
+    columns = np.stack([np.ones_like(t), t, t**2], axis=1) * root[:, None]
+    solution = np.linalg.lstsq(columns, function(x) * root, rcond=1e-10)[0]
+    return float(solution[1]) / scale, float(solution[2]) / scale**2
