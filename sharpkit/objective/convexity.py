@@ -23,7 +23,7 @@ __all__ = ["verify_criterion"]
 DENSE = 256  # outputs of an example, up to which its Hessian is looked at as a whole
 FORMS = 16  # random quadratic forms
 NEGATIVE = 1e-6  # relative to the largest magnitude: rounding
-SHRUNK = (1.0, 0.1, 0.01)  # of the outputs, until the loss is not flat by saturation
+ELSEWHERE = (0.1, 0.0)  # times the outputs: what is rounding where the loss is saturated
 # Flat at outliers only, which the few examples may be.
 _FLAT_IN_PARTS = (nn.SmoothL1Loss, nn.HuberLoss)
 _FLAT_IN_PARTS_FUNCTIONS = (F.smooth_l1_loss, F.huber_loss)
@@ -82,7 +82,7 @@ def verify_criterion(evaluator: Evaluator, theta: Named, what: str) -> None:
 
 
 def _extremes(evaluator: Evaluator, theta: Named, piece: Any) -> tuple[float, float, bool] | None:
-    # The lowest curvature and the largest magnitude, and whether zero is no surprise.
+    # The lowest curvature, the largest magnitude, and whether zero is no surprise.
     criterion = evaluator.batch_loss
     assert isinstance(criterion, CriterionLoss)
     own = criterion.criterion
@@ -92,14 +92,12 @@ def _extremes(evaluator: Evaluator, theta: Named, piece: Any) -> tuple[float, fl
         outputs, targets = tensor_outputs(evaluator, theta, example)
         outputs = outputs.detach()
         sure = sure or closed_form(criterion, outputs, targets, 1.0) is not None
-        for shrunk in SHRUNK:
-            values = _curvatures(criterion, shrunk * outputs, targets)
-            if values is None:
-                continue
-            lowest = min(lowest, float(values.min()))
-            largest = max(largest, float(values.abs().max()))
-            if largest > 0:
-                break
+        here = _curvatures(criterion, outputs, targets)
+        if here is not None:
+            lowest = min(lowest, float(here.min()))
+        elsewhere = [_curvatures(criterion, c * outputs, targets) for c in ELSEWHERE]
+        sizes = [float(c.abs().max()) for c in (here, *elsewhere) if c is not None]
+        largest = max(largest, *sizes, 0.0)
     return lowest, largest, sure
 
 
@@ -112,6 +110,8 @@ def _curvatures(criterion: CriterionLoss, outputs: Tensor, targets: Any) -> Tens
         eye = torch.eye(outputs.numel(), dtype=outputs.dtype, device=outputs.device)
         rows = [product(e.reshape(outputs.shape)).reshape(-1) for e in eye]
         H = torch.stack(rows).to(torch.promote_types(outputs.dtype, torch.float32))
+        if not bool(torch.isfinite(H).all()):  # a logarithm of zero
+            return None
         values: Tensor = torch.linalg.eigvalsh((H + H.T) / 2)
         return values
     generator = torch.Generator(device="cpu").manual_seed(4)
@@ -120,4 +120,5 @@ def _curvatures(criterion: CriterionLoss, outputs: Tensor, targets: Any) -> Tens
         u = torch.randn(outputs.shape, generator=generator, device="cpu", dtype=torch.float64)
         u = (u / u.norm()).to(outputs.device, outputs.dtype)
         forms.append((u * product(u)).sum())
-    return torch.stack(forms)
+    values = torch.stack(forms)
+    return values if bool(torch.isfinite(values).all()) else None
