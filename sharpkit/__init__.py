@@ -14,7 +14,7 @@ from importlib.metadata import version
 from sharpkit.analysis import Analysis
 from sharpkit.errors import SharpkitError, SharpkitWarning
 from sharpkit.objective import Objective
-from sharpkit.operators import SymmetricOperator, empirical_fisher, ggn, hessian
+from sharpkit.operators import SymmetricOperator, empirical_fisher, ggn, hessian, mc_fisher
 from sharpkit.parameters import ParameterSpace
 from sharpkit.results import Cost, Curve, Estimate, Part, Score, Scores, Spectrum
 from sharpkit.scoring import score
@@ -36,6 +36,7 @@ __all__ = [
     "empirical_fisher",
     "ggn",
     "hessian",
+    "mc_fisher",
     "score",
 ]
 

@@ -12,10 +12,21 @@ from torch import Tensor
 
 from sharpkit.errors import ObjectiveError, ShapeError
 
-__all__ = ["ParameterSpace", "Selection", "select_names", "vector_dtype"]
+__all__ = [
+    "Grouping",
+    "ParameterSpace",
+    "Selection",
+    "group_slices",
+    "groups",
+    "select_names",
+    "vector_dtype",
+]
 
 Selection: TypeAlias = str | Sequence[str] | Callable[[str], bool]
 """A glob such as ``"blocks.*.attn.*"``, several of them, or a function of the name."""
+
+Grouping: TypeAlias = str | Sequence[str]
+"""``"layer"``, ``"parameter"``, a glob, or several globs with one group each."""
 
 
 def select_names(names: Iterable[str], selection: Selection) -> list[str]:
@@ -154,24 +165,6 @@ class ParameterSpace:
             for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)
         }
 
-    def layers(self) -> dict[str, list[slice]]:
-        """Return where each layer's parameters lie in a flat vector.
-
-        A layer is the module that a parameter belongs to; parameters of the model itself
-        are layers of their own.
-
-        Example:
-            >>> names = {"fc.weight": torch.zeros(2, 3), "fc.bias": torch.zeros(2)}
-            >>> ParameterSpace.of({**names, "scale": torch.zeros(1)}).layers()
-            {'fc': [slice(0, 6, None), slice(6, 8, None)], 'scale': [slice(8, 9, None)]}
-        """
-        found: dict[str, list[slice]] = {}
-        start = 0
-        for name, size in zip(self.names, self.sizes, strict=True):
-            found.setdefault(name.rpartition(".")[0] or name, []).append(slice(start, start + size))
-            start += size
-        return found
-
     def check_vector(self, vector: Tensor) -> None:
         """Raise ShapeError unless the vector has shape ``[P]``."""
         if vector.shape != (self.dim,):
@@ -179,3 +172,63 @@ class ParameterSpace:
                 f"Expected a vector of shape ({self.dim},), the number of parameters."
                 f" Got {tuple(vector.shape)}."
             )
+
+
+def groups(space: ParameterSpace, by: Grouping = "layer") -> dict[str, list[str]]:
+    """Return groups of parameter names.
+
+    Args:
+        space: The parameters.
+        by: ``"layer"``: by the name before the last dot, which is the module's (``""`` is the
+            model itself); ``"parameter"``: one each; a glob or several: one group for each,
+            by its own name. These may overlap, and need not cover all parameters.
+
+    Raises:
+        ObjectiveError: If a glob matches nothing.
+
+    Example:
+        >>> names = ("fc1.weight", "fc1.bias", "fc2.weight")
+        >>> shape = torch.Size([2])
+        >>> space = ParameterSpace(names, (shape,) * 3, torch.float32, torch.device("cpu"))
+        >>> groups(space)
+        {'fc1': ['fc1.weight', 'fc1.bias'], 'fc2': ['fc2.weight']}
+        >>> groups(space, ["*.weight"])
+        {'*.weight': ['fc1.weight', 'fc2.weight']}
+    """
+    if by == "parameter":
+        return {name: [name] for name in space.names}
+    if by == "layer":
+        found: dict[str, list[str]] = {}
+        for name in space.names:
+            found.setdefault(name.rpartition(".")[0], []).append(name)
+        return found
+    globs = [by] if isinstance(by, str) else list(by)
+    if not globs or not all(isinstance(glob, str) for glob in globs):
+        raise ObjectiveError(
+            "Expected `by` to be 'layer', 'parameter', or one or more globs of parameter"
+            f" names. Got {by!r}."
+        )
+    return {glob: select_names(space.names, glob) for glob in globs}
+
+
+def group_slices(space: ParameterSpace, by: Grouping = "layer") -> dict[str, list[slice]]:
+    """Return where the parameters of each group stand in a vector ``[P]``.
+
+    Args:
+        space: The parameters.
+        by: As for :func:`groups`.
+
+    Raises:
+        ObjectiveError: If a glob matches nothing.
+
+    Example:
+        >>> names, shape = ("a.weight", "b.weight", "a.bias"), torch.Size([2])
+        >>> space = ParameterSpace(names, (shape,) * 3, torch.float32, torch.device("cpu"))
+        >>> group_slices(space)["a"]
+        [slice(0, 2, None), slice(4, 6, None)]
+    """
+    where, start = {}, 0
+    for name, size in zip(space.names, space.sizes, strict=True):
+        where[name] = slice(start, start + size)
+        start += size
+    return {group: [where[n] for n in names] for group, names in groups(space, by).items()}

@@ -30,7 +30,17 @@ class OrderChanged(Exception):  # noqa: N818  (a message inside the package, nev
 
 
 class HoldsMemory(Protocol):
-    """Something that can let go of memory when a pass over the data needs it."""
+    """Something that can let go of memory when a pass over the data needs it.
+
+    Attributes:
+        point: The parameters that it belongs to.
+    """
+
+    point: Named
+
+    @property
+    def held(self) -> float:
+        """Bytes that it holds."""
 
     def give_up(self) -> bool:
         """Free what is held; return whether anything was."""
@@ -259,6 +269,11 @@ class Evaluator:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
+
+    def held_beside(self, holder: HoldsMemory) -> float:
+        """Return the bytes that others hold for the same parameters."""
+        others = [h for h in self.holders if h is not holder and h.point is holder.point]
+        return sum(h.held for h in others)
 
     # -- variants --------------------------------------------------------------------
 

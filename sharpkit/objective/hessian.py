@@ -55,6 +55,7 @@ class HessianProducts:
         note_used: Callable[[list[bool]], None],
     ):
         self._evaluator, self._leaves, self._dtype = evaluator, leaves, dtype
+        self.point = leaves
         self._requested, self._note_used = mode, note_used
         self._budget = math.inf if mode == "kept" else float(budget)
         self._given_budget = budget
@@ -80,6 +81,11 @@ class HessianProducts:
         other._bytes_per_example = self._bytes_per_example
         return other
 
+    @property
+    def held(self) -> float:
+        """The bytes that the kept graphs take."""
+        return sum(kept.size for kept in self._kept)
+
     def reset(self) -> None:
         """Let go of the kept graphs."""
         self._kept.clear()
@@ -91,7 +97,7 @@ class HessianProducts:
         """Free the kept graphs because memory ran out, and keep fewer from now on."""
         if not self._kept:
             return False
-        self._budget = min(self._budget, sum(kept.size for kept in self._kept)) / 2
+        self._budget = min(self._budget, self.held) / 2
         self.reset()
         return True
 
@@ -226,7 +232,7 @@ class HessianProducts:
         # Keep the graphs of leading batches while the budget lasts; the rest is streamed.
         evaluator = self._evaluator
         self._built = True  # unless memory runs out: give_up() takes it back
-        room = self._budget
+        room = self._budget - evaluator.held_beside(self)
         overhead = sum(t.numel() for t in self._leaves.values()) * self._dtype.itemsize
         used = [False] * len(self._leaves)
         full = False

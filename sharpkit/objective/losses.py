@@ -111,6 +111,13 @@ class CriterionLoss:
             ), 0.0
         return self.criterion(outputs, targets) * count, count
 
+    def stretch(self, outputs: Any, targets: Any) -> float:
+        """Return how many loss terms count for one that the criterion divides by."""
+        if self._num_terms is None:
+            return 1.0
+        usual = float(self._count(outputs, targets))
+        return float(self._num_terms(outputs, targets)) / usual if usual else 1.0
+
     @staticmethod
     def unpack(batch: Any) -> tuple[Any, Any]:
         """Return ``(inputs, targets)`` of a pair, or of a mapping with a targets key."""

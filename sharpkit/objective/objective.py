@@ -7,18 +7,25 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sharpkit.errors import ObjectiveError, ShapeError
 from sharpkit.objective import batches as trees
-from sharpkit.objective import products
+from sharpkit.objective import fisher, products
 from sharpkit.objective.admission import HvpMode, refuse_training_mode, trainable, validate
 from sharpkit.objective.checks import first_pass
+from sharpkit.objective.convexity import verify_criterion
 from sharpkit.objective.evaluator import Evaluator
-from sharpkit.objective.gauss_newton import gauss_newton, verify_outputs
+from sharpkit.objective.gauss_newton import (
+    OutputProducts,
+    linearised,
+    loss_hessian,
+    through,
+    verify_outputs,
+)
 from sharpkit.objective.groups import GroupForms, grouped_forms
 from sharpkit.objective.hessian import HessianProducts
 from sharpkit.objective.isolation import unwrap
@@ -37,7 +44,6 @@ class _Shared:
     hvps: int = 0
     gradients: int = 0
     forwards: int = 0
-    outputs_verified: bool = False
     unused: set[str] = field(default_factory=set)  # parameters already warned of
 
 
@@ -216,6 +222,9 @@ class Objective:
             self._memory_budget,
             self._usage,
         )
+        self._through = OutputProducts(
+            self._evaluator, self._leaves, self._requested_mode, self._memory_budget
+        )
 
     # -- what it is ------------------------------------------------------------------
 
@@ -286,6 +295,7 @@ class Objective:
         other = copy.copy(self)
         other._leaves = _leaves({n: t.to(self._leaves[n].dtype) for n, t in parts.items()})
         other._hessian = self._hessian.at(other._leaves)
+        other._through = self._through.at(other._leaves)
         return other
 
     def restrict(self, params: Selection) -> Objective:
@@ -303,6 +313,7 @@ class Objective:
             {n: t.detach() for n, t in self._leaves.items() if n not in chosen}
         )
         other._begin()
+        other._through.verified = self._through.verified
         return other
 
     # -- values and gradients --------------------------------------------------------
@@ -358,29 +369,9 @@ class Objective:
             ObjectiveError: If the loss is not a sum over examples.
         """
         rows: list[Tensor] = []
-        self._each_example_gradient(rows.append)
-        return torch.stack(rows)
-
-    def _each_example_gradient(self, consume: Callable[[Tensor], None]) -> None:
-        if not self._evaluator.additive:
-            raise ObjectiveError(
-                "Expected a loss that is a sum over examples. This one depends on how the"
-                " examples are batched, so it has no per-example gradients."
-            )
-
-        def one(batch: Any) -> list[Tensor]:
-            rows = []
-            for piece in self._evaluator.split(batch, 1):
-                loss = self._evaluator.share(self._leaves, piece) * self.num_examples
-                rows.append(products.flat_gradient(loss, self._leaves, self.space.dtype)[0])
-            return rows
-
-        def add(rows: list[Tensor]) -> None:
-            for row in rows:
-                consume(row)
-
         self._shared.gradients += 1
-        self._evaluator.each(one, add, grad=True, theta=self._leaves)
+        fisher.each_gradient(self._evaluator, self._leaves, self.space.dtype, rows.append)
+        return torch.stack(rows)
 
     # -- curvature products ----------------------------------------------------------
 
@@ -405,20 +396,13 @@ class Objective:
 
         Raises:
             ShapeError: If the first axis is not P.
-            ObjectiveError: For an objective made from a batch loss, which has no outputs.
+            ObjectiveError: For an objective made from a batch loss, which has no outputs, and
+                for a criterion that is not convex in the outputs, or linear.
         """
-        if not isinstance(self._evaluator.batch_loss, CriterionLoss):
-            raise ObjectiveError(
-                "Expected an objective with a criterion, as the GGN goes through the"
-                " network's outputs. Got one made by from_batch_loss. Use"
-                " Objective(model, loss, data)."
-            )
         V = self._matrix(vectors)
-        if not self._shared.outputs_verified:
-            verify_outputs(self._evaluator, self._leaves)
-            self._shared.outputs_verified = True
+        self._need_outputs("the GGN")
         self._shared.hvps += V.shape[1]
-        total = gauss_newton(self._evaluator, self._leaves, V) if V.shape[1] else V.clone()
+        total = self._through(V, loss_hessian(self._evaluator))
         return total if vectors.ndim == 2 else total[:, 0]
 
     @torch.inference_mode(False)
@@ -427,51 +411,97 @@ class Objective:
 
         .. math:: F = \frac1N \sum_n g_n g_n^\top, \quad g_n \text{ the example gradients.}
 
+        At the price of a GGN product where outputs have a row for each example, otherwise
+        of one backward pass an example.
+
         Raises:
             ShapeError: If the first axis is not P.
             ObjectiveError: If the loss is not a sum over examples.
         """
         V = self._matrix(vectors)
         self._shared.hvps += V.shape[1]
-        total = torch.zeros_like(V)
+        total, looped = fisher.empirical(self._evaluator, self._leaves, self._through, V)
+        self._shared.gradients += looped
+        return total if vectors.ndim == 2 else total[:, 0]
 
-        def add(g: Tensor) -> None:
-            total.add_(torch.outer(g, g @ V))
+    @torch.inference_mode(False)
+    def mc_fisher_vp(self, vectors: Tensor, *, num_samples: int = 1, seed: int = 0) -> Tensor:
+        r"""Return the Monte Carlo Fisher matrix times ``[P]`` or ``[P, K]``.
 
-        self._each_example_gradient(add)
-        total /= self.num_examples
+        .. math:: F = \frac1N \sum_n \tilde g_n \tilde g_n^\top, \quad
+            \tilde g_n = J_n^\top r_n
+
+        for slopes r at targets drawn from the model's predictions, weighted as the loss
+        terms are. Their mean over seeds is the GGN; N counts loss terms.
+
+        Args:
+            vectors: ``[P]`` or ``[P, K]``.
+            num_samples: Draws for each target, of which F is the mean.
+            seed: Of the draws: the same seed is the same matrix, whatever the batches.
+
+        Raises:
+            ShapeError: If the first axis is not P.
+            SettingsError: If the number or the seed is no such number.
+            ObjectiveError: If the criterion is not CrossEntropyLoss, MSELoss or
+                BCEWithLogitsLoss, or the data come in another order in each pass.
+        """
+        V = self._matrix(vectors)
+        self._need_outputs("the Fisher matrix")
+        middle = fisher.monte_carlo(self._evaluator, self._through, num_samples, seed)
+        self._shared.hvps += V.shape[1]
+        total = self._through(V, middle)
         return total if vectors.ndim == 2 else total[:, 0]
 
     @torch.inference_mode(False)
     def grouped_forms(
-        self, vectors: Tensor, lefts: Sequence[Tensor], *, num_groups: int = 16
+        self,
+        vectors: Tensor,
+        lefts: Sequence[Tensor],
+        *,
+        matrix: Literal["hessian", "ggn"] = "hessian",
+        num_groups: int = 16,
     ) -> GroupForms | None:
-        r"""Return :math:`u^\top S_g v` of the Hessian's part from each group of the data.
+        r"""Return :math:`u^\top S_g v` of a matrix's part from each group of the data.
 
         How much these differ tells the error from the data being a sample. One streamed
-        pass: ``1 + 2K`` gradients. None where only central differences work.
+        pass, ``1 + 2K`` gradients. None where only central differences work.
 
         Args:
             vectors: Right vectors ``[P, K]``.
             lefts: Left vectors, each ``[P, K]``.
+            matrix: ``"hessian"`` or ``"ggn"``.
             num_groups: Groups that the batches, or pieces of them, are dealt out to.
         """
         V = self._matrix(vectors)
-        self._hessian.choose()
-        if self._hessian.by_differences:
-            return None
-        self._shared.hvps += V.shape[1]
+        if matrix == "ggn":
+            self._need_outputs("the GGN")
+            middle = loss_hessian(self._evaluator)
+        else:
+            self._hessian.choose()
+            if self._hessian.by_differences:
+                return None
 
         def product(piece: Any, W: Tensor) -> Tensor:
+            if matrix == "ggn":
+                linear = linearised(self._evaluator, self._leaves, piece)
+                return through(linear, self._leaves, W, middle)
             return self._hessian.of_piece(piece, W)
 
+        self._shared.hvps += V.shape[1]
         lefts = [self._matrix(U) for U in lefts]
         return grouped_forms(self._evaluator, self._leaves, product, V, lefts, num_groups)
 
     def release(self) -> None:
-        """Free the gradient graphs that were kept for Hessian-vector products."""
+        """Free the graphs that were kept for curvature products."""
         self._hessian.reset()
+        self._through.reset()
         gc.collect()
+
+    def _need_outputs(self, what: str) -> None:
+        if not self._through.verified:
+            verify_criterion(self._evaluator, self._leaves, what)
+            verify_outputs(self._evaluator, self._leaves)
+            self._through.verified = True
 
     # -- how -------------------------------------------------------------------------
 

@@ -1,6 +1,32 @@
 """Curvature matrices, known through their products with vectors."""
 
 from sharpkit.operators.base import SymmetricOperator
-from sharpkit.operators.curvature import empirical_fisher, ggn, hessian
+from sharpkit.operators.blocks import blocks
+from sharpkit.operators.curvature import empirical_fisher, ggn, hessian, mc_fisher
+from sharpkit.operators.transforms import (
+    adam_diagonal,
+    adam_preconditioned,
+    adaptive,
+    deflated,
+    edge_of_stability,
+    preconditioned,
+    scaled,
+    shifted,
+)
 
-__all__ = ["SymmetricOperator", "empirical_fisher", "ggn", "hessian"]
+__all__ = [
+    "SymmetricOperator",
+    "adam_diagonal",
+    "adam_preconditioned",
+    "adaptive",
+    "blocks",
+    "deflated",
+    "edge_of_stability",
+    "empirical_fisher",
+    "ggn",
+    "hessian",
+    "mc_fisher",
+    "preconditioned",
+    "scaled",
+    "shifted",
+]

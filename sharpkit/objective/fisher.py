@@ -1,0 +1,232 @@
+"""Fisher matrices: outer products of example gradients, of given or of drawn targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharpkit.errors import ObjectiveError, SettingsError
+from sharpkit.objective import batches as trees
+from sharpkit.objective import products
+from sharpkit.objective.evaluator import Evaluator
+from sharpkit.objective.gauss_newton import Middle, OutputProducts, Piece, linearised, through
+from sharpkit.objective.isolation import is_out_of_memory
+from sharpkit.objective.losses import CriterionLoss
+from sharpkit.objective.output_hessians import closed_form
+from sharpkit.objective.probing import PROBE_EXAMPLES, first_piece
+from sharpkit.objective.products import Named
+
+__all__ = ["each_gradient", "empirical", "monte_carlo"]
+
+SAME = 1e-8  # relative, in float64, that two ways to one product may differ
+
+
+class _NotByRows(Exception):  # noqa: N818  (a message inside the package, never seen)
+    """The outputs of a batch do not have one row for each example."""
+
+
+def each_gradient(
+    evaluator: Evaluator, theta: Named, dtype: torch.dtype, consume: Callable[[Tensor], None]
+) -> None:
+    """Call ``consume`` with the gradient ``[P]`` of each example, by one backward pass each.
+
+    Raises:
+        ObjectiveError: If the loss is not a sum over examples.
+    """
+    _refuse_mixed(evaluator)
+
+    def one(batch: Any) -> list[Tensor]:
+        return [_gradient(evaluator, theta, piece, dtype) for piece in evaluator.split(batch, 1)]
+
+    def add(rows: list[Tensor]) -> None:
+        for row in rows:
+            consume(row)
+
+    evaluator.each(one, add, grad=True, theta=theta)
+
+
+def _gradient(evaluator: Evaluator, theta: Named, example: Any, dtype: torch.dtype) -> Tensor:
+    loss = evaluator.share(theta, example) * evaluator.num_examples
+    return products.flat_gradient(loss, theta, dtype)[0]
+
+
+def _refuse_mixed(evaluator: Evaluator) -> None:
+    if not evaluator.additive:
+        raise ObjectiveError(
+            "Expected a loss that is a sum over examples. This one depends on how the"
+            " examples are batched, so it has no per-example gradients."
+        )
+
+
+# -- the empirical one, through the outputs ----------------------------------------------
+
+
+def empirical(
+    evaluator: Evaluator, theta: Named, through_outputs: OutputProducts, V: Tensor
+) -> tuple[Tensor, bool]:
+    """Return ``F V [P, K]``, and whether it took a backward pass for each example.
+
+    Raises:
+        ObjectiveError: If the loss is not a sum over examples.
+    """
+    _refuse_mixed(evaluator)
+    if through_outputs.by_rows is None:
+        through_outputs.by_rows = _goes_by_rows(evaluator, theta)
+    if through_outputs.by_rows:
+        try:
+            return through_outputs(V, _given_targets(evaluator)), False
+        except _NotByRows:
+            through_outputs.by_rows = False
+    total = torch.zeros_like(V)
+
+    def add(g: Tensor) -> None:
+        total.add_(torch.outer(g, g @ V), alpha=1 / evaluator.num_examples)
+
+    each_gradient(evaluator, theta, V.dtype, add)
+    return total, True
+
+
+def _given_targets(evaluator: Evaluator) -> Middle:
+    # M of the empirical Fisher: r_n r_n^T / N for the slopes r of example losses.
+    criterion = evaluator.batch_loss
+    assert isinstance(criterion, CriterionLoss)
+    N = evaluator.num_examples
+
+    def middle(piece: Piece) -> Callable[[Tensor], Tensor] | None:
+        if not _by_rows(piece):
+            raise _NotByRows
+        free = piece.outputs.detach().requires_grad_()
+        loss = criterion.terms(free, piece.targets)[0] * (N / evaluator.num_terms)
+        if not loss.requires_grad:  # every target is masked
+            return None
+        (slope,) = torch.autograd.grad(loss, free)
+        return lambda u: _outer([slope], u) / N
+
+    return middle
+
+
+def _goes_by_rows(evaluator: Evaluator, theta: Named) -> bool:
+    # Whether that is the Fisher matrix of example gradients: tried on a few examples in
+    # float64, as a network may mix those of a batch.
+    if not (isinstance(evaluator.batch_loss, CriterionLoss) and evaluator.additive):
+        return False
+    double = evaluator.in_double()
+    leaves = {n: t.detach().double().requires_grad_() for n, t in theta.items()}
+    P, N = sum(t.numel() for t in leaves.values()), evaluator.num_examples
+    generator = torch.Generator(device="cpu").manual_seed(3)
+    V = torch.randn((P, 1), generator=generator, device="cpu", dtype=torch.float64)
+    V = V.to(evaluator.device)
+
+    def one(batch: Any) -> bool | None:
+        if (trees.batch_size(batch) or 1) < 2:
+            return None  # nothing can be mixed
+        batched = through(linearised(double, leaves, batch), leaves, V, _given_targets(double))
+        single = torch.zeros_like(V)
+        for example in double.split(batch, 1):
+            g = _gradient(double, leaves, example, torch.float64)
+            single += torch.outer(g, g @ V) / N
+        scale = max(float(single.norm()), float(batched.norm()))
+        return float((batched - single).norm()) <= SAME * scale
+
+    try:
+        return first_piece(double, leaves, one, most=PROBE_EXAMPLES) is not False
+    except _NotByRows:
+        return False
+    except Exception as error:
+        # Double precision or a second derivative is not for every model: the loop is.
+        if is_out_of_memory(error) or isinstance(error, (RuntimeError, ObjectiveError, TypeError)):
+            return False
+        raise
+
+
+def _by_rows(piece: Piece) -> bool:
+    return piece.outputs.ndim > 0 and piece.outputs.shape[0] == trees.batch_size(piece.batch)
+
+
+def _outer(slopes: list[Tensor], u: Tensor) -> Tensor:
+    # The sum of r_n <r_n, u_n> over slopes r, for each row n.
+    total = torch.zeros_like(u, dtype=torch.promote_types(u.dtype, torch.float32))
+    for r in slopes:
+        dots = (r * u).to(total.dtype).reshape(u.shape[0], -1).sum(dim=1)
+        total += r * dots.reshape(-1, *[1] * (u.ndim - 1))
+    return total
+
+
+# -- with drawn targets ------------------------------------------------------------------
+
+
+def monte_carlo(
+    evaluator: Evaluator, through_outputs: OutputProducts, num_samples: int, seed: int
+) -> Middle:
+    """Return M of the Monte Carlo Fisher: outer products of slopes at drawn targets.
+
+    Args:
+        evaluator: The loss of batches.
+        through_outputs: What the products go through.
+        num_samples: Draws for each target.
+        seed: Of the draws. Each belongs to its place in the data, whatever the batches.
+
+    Raises:
+        SettingsError: If the number or the seed is no such number.
+        ObjectiveError: When called: if the criterion has no distribution to draw from, the
+            outputs do not have one row for each example, or the data change their order.
+    """
+    for what, value, least in (("num_samples", num_samples, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+            raise SettingsError(
+                f"Expected `{what}` to be an integer of at least {least}. Got {value!r}."
+            )
+    criterion = evaluator.batch_loss
+    assert isinstance(criterion, CriterionLoss)
+
+    def middle(piece: Piece) -> Callable[[Tensor], Tensor]:
+        free = piece.outputs.detach()
+        known = closed_form(criterion, free, piece.targets, evaluator.num_terms)
+        if known is None:
+            raise ObjectiveError(
+                "Expected a criterion with a predictive distribution to draw targets from:"
+                " CrossEntropyLoss, MSELoss or BCEWithLogitsLoss, of targets that fit the"
+                f" outputs. Got {_name(criterion.criterion)}. Use the GGN."
+            )
+        rows = _by_rows(piece)
+        if not rows and evaluator.additive:
+            raise ObjectiveError(
+                "Expected outputs with one row for each example. Got outputs of shape"
+                f" {tuple(free.shape)} for {trees.batch_size(piece.batch)} examples. Use the"
+                " GGN, or wrap the model to return one row each."
+            )
+        if not evaluator.cached:
+            place = (evaluator.micro_batch, piece.start)
+            mark = trees.fingerprint(piece.batch)
+            if through_outputs.marks.setdefault(place, mark) != mark:
+                raise ObjectiveError(
+                    "Expected data in the same order in every pass, as each draw belongs to"
+                    " its place in the data. Got another order. Use shuffle=False."
+                )
+        share = known.numbers_a_draw
+        slopes = []
+        for sample in range(num_samples):
+            uniform = _uniform(seed, sample, piece.start // share, free.numel() // share)
+            r = known.slope(torch.from_numpy(uniform).to(free.device))
+            slopes.append((r / num_samples**0.5).reshape(free.shape))
+        if rows:
+            return lambda u: _outer(slopes, u)
+        return lambda u: _outer([r[None] for r in slopes], u[None])[0]  # one example alone
+
+    return middle
+
+
+def _uniform(seed: int, sample: int, start: int, count: int) -> np.ndarray[Any, np.dtype[Any]]:
+    # A piece of one long stream, found by its place: a block of Philox has four numbers.
+    stream = np.random.Philox(key=np.array([seed, sample], dtype=np.uint64))
+    stream.advance(start // 4)
+    skip = start % 4
+    return np.random.Generator(stream).random(skip + count)[skip:]
+
+
+def _name(criterion: object) -> str:
+    return getattr(criterion, "__name__", type(criterion).__name__)
