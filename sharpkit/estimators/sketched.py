@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ __all__ = ["hutch_plus_plus", "inner", "orthonormal_range", "products"]
 
 BLOCK = 8  # vectors applied together: batches are read once for all of them
 ROWS = 65536  # rows turned to double precision together
+ROUNDING = 4  # sums are wrong by a few eps of the vectors they come from
 RANK = 10  # singular values below this many eps of the largest are rounding
 
 
@@ -73,8 +75,9 @@ def hutch_plus_plus(matrix: Matrix, *, num_matvecs: int, generator: torch.Genera
     :math:`A Q`, the rest on the :math:`z_i`. Unbiased for any symmetric matrix, and exact up to
     rounding when the rank is at most a third of the products. Given Q the variance is that of
     Hutchinson's estimate of :math:`\operatorname{tr} B`, and is estimated in the same way, from
-    the scatter of every entry of :math:`z \odot Bz`. It keeps a third as many vectors as products
-    twice; ``xtrace`` is mostly better at the same cost, and keeps more.
+    the scatter of every entry of :math:`z \odot Bz`; its degrees of freedom follow from how much
+    these differ between probes, and are at least :math:`g - 1`. Two thirds as many vectors as
+    products are kept; ``xtrace`` is mostly better at the same cost, and keeps more.
 
     Args:
         matrix: The matrix ``A``.
@@ -105,6 +108,7 @@ def hutch_plus_plus(matrix: Matrix, *, num_matvecs: int, generator: torch.Genera
     inside = float(inner(Q, AQ).trace())
     entries = RunningMoments(matrix)
     quadratic: list[float] = []
+    squares: list[float] = []
     largest, probes = 0.0, num_matvecs - 2 * third
     while entries.count < probes:
         Z = random_signs(matrix, min(BLOCK, probes - entries.count), generator)
@@ -112,15 +116,20 @@ def hutch_plus_plus(matrix: Matrix, *, num_matvecs: int, generator: torch.Genera
         rows = Z.double() * (AZ - Q @ (Q.T @ AZ)).double()
         entries.add(rows)
         quadratic += rows.sum(dim=0).tolist()
+        squares += rows.square().sum(dim=0).tolist()
         largest = max(largest, float(AZ.double().norm(dim=0).max()))
     error = math.sqrt(2 * float(entries.variances.sum()) / probes)
+    # Satterthwaite: the error is a mean of these squares, and as sure as they are alike.
+    mean, variance = statistics.fmean(squares), statistics.variance(squares)
+    dof = max(2 * probes * mean**2 / variance, probes - 1) if variance > 0 else None
     eps = torch.finfo(matrix.dtype).eps
-    rounding = eps * (largest + float(AQ.double().norm(dim=0).sum()))
+    rounding = ROUNDING * eps * (largest + float(AQ.double().norm(dim=0).sum()))
     return Estimate(
         value=inside + float(entries.mean.sum()),
         probe_error=max(error, rounding),
         error_kind="stderr",
         cost=Cost(hvps=matrix.num_matvecs - before),
         details={"num_probes": probes, "rank": Q.shape[1], "trace_inside": inside},
+        dof=dof,
         draws=tuple(inside + q for q in quadratic),
     )
