@@ -101,7 +101,8 @@ class _Small:
             return x - (N * (N * x[:, :, None]).sum(dim=1, keepdim=True)).sum(dim=2)
 
         def along(X: Tensor) -> Tensor:  # N'XN; one product for all rows
-            XN = (X @ N.permute(1, 0, 2).flatten(1)).reshape(len(X), len(N), -1).permute(1, 0, 2)
+            XN = (X @ N.permute(1, 0, 2).flatten(1)).reshape(len(X), len(N), N.shape[2])
+            XN = XN.permute(1, 0, 2)
             both: Tensor = (N[:, :, :, None] * XN[:, :, None, :]).sum(dim=1)
             return both
 
