@@ -162,7 +162,9 @@ class Spectral:
                 krylov=self._run() if shared else None,
             )
 
-        return self._once(("eigenpairs", k, which, tol, max_matvecs, block_size, max_basis), compute)
+        return self._once(
+            ("eigenpairs", k, which, tol, max_matvecs, block_size, max_basis), compute
+        )
 
     # -- probes ----------------------------------------------------------------------
 
@@ -277,9 +279,7 @@ class Spectral:
         return blocks, locked.values[order], np.array(nodes), np.array(weights)
 
 
-def _combined(
-    blocks: list[Any], coefficients: Tensor
-) -> tuple[float, tuple[float, ...]] | None:
+def _combined(blocks: list[Any], coefficients: Tensor) -> tuple[float, tuple[float, ...]] | None:
     # The forms of blocks of columns, put side by side again.
     first = blocks[0]
     whole = replace(first, forms=torch.cat([b.forms for b in blocks], dim=2))

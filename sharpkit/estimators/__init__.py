@@ -15,6 +15,7 @@ from sharpkit.estimators.deflation import (
 )
 from sharpkit.estimators.density import spectral_density
 from sharpkit.estimators.diagonal import Diagonal, exact_diagonal, hutchinson_diagonal
+from sharpkit.estimators.exchangeable import SketchedDiagonal, xdiag, xtrace
 from sharpkit.estimators.functions import (
     SpectrumPart,
     density_of,
@@ -26,6 +27,7 @@ from sharpkit.estimators.functions import (
 from sharpkit.estimators.krylov import Krylov
 from sharpkit.estimators.lanczos import Eigenpairs, Which, lanczos
 from sharpkit.estimators.protocol import random_signs
+from sharpkit.estimators.sketched import hutch_plus_plus
 from sharpkit.estimators.trace import hutchinson_trace
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "Probes",
     "Probing",
     "Quadrature",
+    "SketchedDiagonal",
     "SpectrumPart",
     "Storage",
     "Which",
@@ -47,6 +50,7 @@ __all__ = [
     "effective_rank",
     "exact_diagonal",
     "frobenius_norm",
+    "hutch_plus_plus",
     "hutchinson_diagonal",
     "hutchinson_trace",
     "lanczos",
@@ -59,4 +63,6 @@ __all__ = [
     "renyi_entropy",
     "spectral_density",
     "steepest",
+    "xdiag",
+    "xtrace",
 ]

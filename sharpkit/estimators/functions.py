@@ -60,7 +60,9 @@ def _power(alpha: float) -> Callable[[np.ndarray], np.ndarray]:
     return power
 
 
-def renyi_entropy(quadrature: Quadrature, *, alpha: float, spectrum: SpectrumPart = "abs") -> Estimate:
+def renyi_entropy(
+    quadrature: Quadrature, *, alpha: float, spectrum: SpectrumPart = "abs"
+) -> Estimate:
     r"""Estimate the Renyi entropy of the spectrum, in nats.
 
     .. math::

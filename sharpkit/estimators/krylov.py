@@ -190,9 +190,7 @@ class Krylov:
         if kept.any():
             self._R[:, before:] = (sizes[:, None] * right)[kept]
         self.steps.append(
-            _Step(
-                self.size, self._products, self._R, self._scale, self._noise, self._next is None
-            )
+            _Step(self.size, self._products, self._R, self._scale, self._noise, self._next is None)
         )
 
     def _restart(self, width: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpkit.errors import SettingsError, ShapeError
-from sharpkit.estimators.basis import Storage, accurate_gram
+from sharpkit.estimators.basis import Storage
 from sharpkit.estimators.krylov import Krylov, unseen_share
 from sharpkit.estimators.protocol import Matrix, check_positive
 
@@ -158,9 +158,7 @@ def lanczos(
             f" {block_size}."
         )
     if start is not None and (start.ndim != 2 or start.shape[0] != matrix.dim):
-        raise ShapeError(
-            f"Expected `start` of shape ({matrix.dim}, j). Got {tuple(start.shape)}."
-        )
+        raise ShapeError(f"Expected `start` of shape ({matrix.dim}, j). Got {tuple(start.shape)}.")
     ends = 2 if which == "both" else 1
     if max_basis is not None:
         fewest = min(ends * k + 2 * block_size + 2, matrix.dim)
