@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sharpkit.errors import MeasureError
-from sharpkit.estimators import (
-    Diagonal,
-    Eigenpairs,
-    Which,
-    exact_diagonal,
-    hutchinson_diagonal,
-    lanczos,
-)
+from sharpkit.errors import MeasureError, SettingsError
+from sharpkit.estimators import Diagonal, Eigenpairs, Which, exact_diagonal, hutchinson_diagonal
 from sharpkit.objective import Objective
-from sharpkit.operators import SymmetricOperator, hessian
+from sharpkit.objective.groups import GroupForms
+from sharpkit.objective.memory import available_memory
+from sharpkit.operators import SymmetricOperator, ggn, hessian
+from sharpkit.parameters import group_slices
+from sharpkit.spectral import Spectral
 
 __all__ = ["Analysis"]
 
 T = TypeVar("T")
+Matrix: TypeAlias = Literal["hessian", "ggn"]
 
+FEWEST_BASIS = 8
+FEWEST_GROUPS = 4
+MOST_STEPS = 400  # a basis of more was never needed
+BASIS_SHARE = 4  # of the free memory, a quarter
 ROUNDING = 8  # a loss is a chain of sums: a few eps of its size are lost
 PRODUCT = 30  # products lose a few eps of their size
 NOISE = 6.0  # one random change of the last digits may be smaller than the rounding itself
@@ -42,10 +44,37 @@ class Analysis:
         objective: What is measured.
         seed: Seed of every random draw. Each purpose has its own stream, so a number does
             not depend on which other measures were asked for.
+        max_basis: Most Krylov vectors to hold, each as large as theta; None: what a quarter
+            of the free memory holds.
+        num_groups: Groups of the data by whose differences the error from the data being a
+            sample is estimated; 0: do not.
+
+    Raises:
+        SettingsError: If ``max_basis`` is less than 8 or more than P, or ``num_groups`` is
+            between 1 and 3.
     """
 
-    def __init__(self, objective: Objective, *, seed: int = 0):
-        self.objective, self.seed = objective, seed
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        seed: int = 0,
+        max_basis: int | None = None,
+        num_groups: int = 16,
+    ):
+        dim = objective.space.dim
+        if max_basis is not None and not min(FEWEST_BASIS, dim) <= max_basis <= dim:
+            raise SettingsError(
+                f"Expected `max_basis` between {min(FEWEST_BASIS, dim)} and the number of"
+                f" parameters, {dim}. Got {max_basis}."
+            )
+        if num_groups and num_groups < FEWEST_GROUPS:
+            raise SettingsError(
+                f"Expected `num_groups` of at least {FEWEST_GROUPS}, or 0 for no error from the"
+                f" data. Got {num_groups}."
+            )
+        self.objective, self.seed, self.num_groups = objective, seed, num_groups
+        self._max_basis = max_basis
         self._memory: dict[tuple[Any, ...], Any] = {}
 
     def _once(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
@@ -86,19 +115,59 @@ class Analysis:
         """The Hessian as an operator."""
         return self._once(("hessian",), lambda: hessian(self.objective))
 
-    def eigenpairs(self, *, k: int, which: Which, tol: float, max_matvecs: int) -> Eigenpairs:
-        """Return extreme eigenpairs of the Hessian; the same settings are computed once."""
+    def spectral(self, matrix: Matrix = "hessian") -> Spectral:
+        """Return what the numbers of the Hessian's or the GGN's spectrum share."""
+        operator = self.hessian if matrix == "hessian" else ggn(self.objective)
+
+        def forms(V: Tensor, lefts: Sequence[Tensor]) -> GroupForms | None:
+            return self.objective.grouped_forms(V, lefts, matrix=matrix, num_groups=self.num_groups)
+
         return self._once(
-            ("eigenpairs", k, which, tol, max_matvecs),
-            lambda: lanczos(
-                self.hessian,
-                k=k,
-                which=which,
-                tol=tol,
-                max_matvecs=max_matvecs,
-                generator=self.generator("lanczos"),
+            ("spectral", matrix),
+            lambda: Spectral(
+                operator,
+                self.generator,
+                blocks=group_slices(self.objective.space),
+                max_basis=self._basis_that_fits(),
+                forms=forms if self.num_groups else None,
             ),
         )
+
+    def _basis_that_fits(self) -> int | None:
+        space = self.objective.space
+        if self._max_basis is not None:
+            return self._max_basis if self._max_basis < space.dim else None
+        rows = available_memory(space.device) // (BASIS_SHARE * space.dim * space.dtype.itemsize)
+        return None if rows >= min(space.dim, MOST_STEPS) else max(rows, FEWEST_BASIS)
+
+    def eigenpairs(
+        self, *, k: int, which: Which, tol: float, max_matvecs: int, block_size: int = 1
+    ) -> Eigenpairs:
+        """Return extreme eigenpairs of the Hessian; the same settings are computed once."""
+        return self.spectral().eigenpairs(
+            k=k, which=which, tol=tol, max_matvecs=max_matvecs, block_size=block_size
+        )
+
+    def layers(self) -> dict[str, Analysis]:
+        """Return an analysis of each layer's weights alone, the rest held fixed.
+
+        Layers are tensors of two or more axes; where there is none, all tensors.
+        """
+
+        def compute() -> dict[str, Analysis]:
+            space = self.objective.space
+            names = [n for n, s in zip(space.names, space.shapes, strict=True) if len(s) >= 2]
+            names = names or list(space.names)
+            return {
+                name: Analysis(
+                    self.objective.restrict(lambda n, name=name: n == name),  # type: ignore[misc]
+                    seed=self.seed,
+                    num_groups=self.num_groups,
+                )
+                for name in names
+            }
+
+        return self._once(("layers",), compute)
 
     def diagonal(self, *, method: str, num_probes: int) -> Diagonal:
         """Return the Hessian's diagonal; ``"auto"`` is exact if that takes no more probes."""
@@ -111,6 +180,11 @@ class Analysis:
                 self.hessian, num_probes=num_probes, generator=self.generator("diagonal")
             ),
         )
+
+    def by_layer(self, vector: Tensor) -> dict[str, Tensor]:
+        """Return the entries of a vector ``[P]`` that belong to each layer."""
+        where = group_slices(self.objective.space)
+        return {n: torch.cat([vector[part] for part in parts]) for n, parts in where.items()}
 
     def loss_at(self, delta: Tensor) -> float:
         """Return ``L(theta + delta)``; it may be inf or NaN."""

@@ -206,7 +206,9 @@ class Spectral:
 
     # -- the data's error ------------------------------------------------------------
 
-    def with_data_error(self, estimate: Estimate, function: Function) -> Estimate:
+    def with_data_error(
+        self, estimate: Estimate, function: Function, further: Function | None = None
+    ) -> Estimate:
         r"""Return the estimate with its error from the data being a sample.
 
         To first order a change dA of the matrix moves :math:`\operatorname{tr}\varphi(A)` by
@@ -216,12 +218,15 @@ class Spectral:
         Args:
             estimate: A number.
             function: The phi whose trace has the number's first-order changes.
+            further: Maps known eigenvalues to further slopes along each of them.
         """
         parts = self._data_parts()
         if parts is None:
             return estimate
         blocks, values, nodes, weights = parts
         slopes = _slope(function, values)
+        if further is not None:
+            slopes = slopes + further(values)
         line, curve = _fit(function, nodes, weights)
         known, count = len(values), sum(f.forms.shape[2] for f in blocks) - len(values)
         first = np.concatenate([slopes, np.full(count, line / max(count, 1))])
@@ -243,6 +248,27 @@ class Spectral:
             return estimate
         return replace(estimate, data_error=found[0], data_draws=_centred(found[1], estimate.value))
 
+    def with_plain_data_error(self, estimate: Estimate) -> Estimate:
+        """Return a trace with its error from the data, by a few probes and no known vectors.
+
+        The probes' own noise counts in: it is on the safe side.
+        """
+        if self._forms is None:
+            return estimate
+
+        def compute() -> Any:
+            Z = random_signs(self.operator, DATA_PROBES, self._generator("probes"))
+            assert self._forms is not None
+            return self._forms(Z, [Z])
+
+        forms = self._once(("plain data",), compute)
+        found = (
+            None if forms is None else forms.error(torch.full((1, DATA_PROBES), 1 / DATA_PROBES))
+        )
+        if found is None:
+            return estimate
+        return replace(estimate, data_error=found[0], data_draws=_centred(found[1], estimate.value))
+
     def _data_parts(self) -> tuple[list[Any], np.ndarray, np.ndarray, np.ndarray] | None:
         return self._once(("data",), self._compute_data_parts)
 
@@ -256,8 +282,9 @@ class Spectral:
         order = np.argsort(-abs(locked.values))[:MOST_DATA_VECTORS]
         generator = self._generator("probes")
         nothing = self.operator.dim <= locked.size
-        Z = random_signs(self.operator, 0 if nothing else DATA_PROBES, generator)
-        Z = locked.project(Z)
+        Z = locked.project(random_signs(self.operator, DATA_PROBES, generator))
+        if nothing:
+            Z = Z[:, :0]
         Y = locked.project(self.operator @ Z) if Z.shape[1] else Z
         V = torch.cat([locked.vectors[:, order.copy()], Z], dim=1)
         lefts = torch.cat([torch.zeros_like(V[:, : len(order)]), Y], dim=1)

@@ -37,15 +37,16 @@ Pair = tuple[Objective, Objective]
 
 
 class _Rotated(nn.Module):
-    """A smooth function of one parameter vector w, seen through ``w = Q^T theta``."""
+    """A smooth function of a parameter vector w, seen through ``w = Q^T theta``."""
 
     def __init__(self, theta: Tensor, rotation: Tensor):
         super().__init__()
-        self.theta = nn.Parameter(theta)
+        half = len(theta) // 2  # two layers, which the rotation mixes
+        self.first, self.second = nn.Parameter(theta[:half]), nn.Parameter(theta[half:])
         self.register_buffer("rotation", rotation)
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.rotation.T @ self.theta  # type: ignore[operator]
+        w = self.rotation.T @ torch.cat([self.first, self.second])  # type: ignore[operator]
         return torch.tanh(x @ w[: x.shape[1]]) + 0.3 * (x @ w[x.shape[1] :]) ** 2
 
 

@@ -96,6 +96,30 @@ UNWHITEN = {
     "sam_sharpness": lambda o: lambda z: z,
 }
 
+
+def eigenvalues(o):
+    return torch.linalg.eigvalsh(dense_hessian(o))
+
+
+def renyi_2(H):
+    p = torch.linalg.eigvalsh(H).abs()
+    p = p / p.sum()
+    return -p.square().sum().log().item()
+
+
+def effective_rank(o):
+    p = eigenvalues(o).abs()
+    p = p / p.sum()
+    return torch.special.entr(p).sum().exp().item()
+
+
+def renyi_of_layers(o):
+    shapes = zip(o.space.names, o.space.shapes, strict=True)
+    names = [n for n, shape in shapes if len(shape) >= 2] or list(o.space.names)
+    blocks = [dense_hessian(o.restrict(lambda n, name=name: n == name)) for name in names]
+    return -sum(renyi_2(H) for H in blocks) / len(blocks)
+
+
 EXACT = {
     "adam_sharpness": roots_of_diagonal,
     "adaptive_sharpness_average": adaptive_average,
@@ -103,11 +127,20 @@ EXACT = {
         o, UNWHITEN["adaptive_sharpness_worst"](o), 0.5
     ),
     "gradient_norm": gradient_norm,
+    "effective_rank": effective_rank,
+    "frobenius_norm": lambda o: dense_hessian(o).norm().item(),
     "hessian_trace": lambda o: dense_hessian(o).trace().item(),
+    "log_det": lambda o: (1 + eigenvalues(o).abs()).log().sum().item(),
     "monge_sharpness": lambda o: largest_rise(o, UNWHITEN["monge_sharpness"](o), 0.05),
     "monge_sharpness_first_order": first_order_monge,
+    "negative_mass": lambda o: (
+        (-eigenvalues(o)).clamp(min=0).sum() / eigenvalues(o).abs().sum()
+    ).item(),
+    "renyi_sharpness": lambda o: -renyi_2(dense_hessian(o)),
+    "renyi_sharpness_per_layer": renyi_of_layers,
     "sam_sharpness": lambda o: largest_rise(o, UNWHITEN["sam_sharpness"](o), 0.05),
     "sam_sharpness_one_step": one_step,
+    "stable_rank": lambda o: (eigenvalues(o).square().sum() / eigenvalues(o).square().max()).item(),
     "top_eigenvalues": lambda o: torch.linalg.eigvalsh(dense_hessian(o))[-1].item(),
 }
 

@@ -23,6 +23,7 @@ from sharpkit.estimators.functions import (
     log_det,
     negative_mass,
     renyi_entropy,
+    renyi_entropy_of_probes,
 )
 from sharpkit.estimators.krylov import Krylov
 from sharpkit.estimators.lanczos import Eigenpairs, Which, lanczos
@@ -61,6 +62,7 @@ __all__ = [
     "project",
     "random_signs",
     "renyi_entropy",
+    "renyi_entropy_of_probes",
     "spectral_density",
     "steepest",
     "xdiag",

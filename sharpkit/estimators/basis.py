@@ -38,7 +38,7 @@ def accurate_gram(X: Tensor, W: Tensor) -> Tensor:
         [[3.0, 3.0]]
     """
     total = torch.zeros(X.shape[1], W.shape[1], dtype=torch.float64, device=X.device)
-    for x, w in zip(X.split(SLICE), W.split(SLICE), strict=True):
+    for x, w in zip(torch.split(X, SLICE), torch.split(W, SLICE), strict=True):
         total += x.double().T @ w.double()
     return total
 
@@ -51,7 +51,7 @@ def column_dots(X: Tensor, W: Tensor) -> Tensor:
         [3.0, 3.0]
     """
     total = torch.zeros(X.shape[1], dtype=torch.float64, device=X.device)
-    for x, w in zip(X.split(SLICE), W.split(SLICE), strict=True):
+    for x, w in zip(torch.split(X, SLICE), torch.split(W, SLICE), strict=True):
         total += (x.double() * w).sum(dim=0)
     return total
 
@@ -96,8 +96,7 @@ class Basis:
 
     def _rows(self, size: int) -> list[Tensor]:
         # The chunks, cut to the first vectors.
-        rows = [c[: size - ROWS * i] for i, c in enumerate(self._chunks) if size > ROWS * i]
-        return rows
+        return [c[: size - ROWS * i] for i, c in enumerate(self._chunks) if size > ROWS * i]
 
     def coefficients(self, W: Tensor) -> Tensor:
         """Return ``V^T W [size, b]``."""

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from sharpkit.errors import MeasureError, SettingsError
-from sharpkit.estimators.deflation import Quadrature
+from sharpkit.estimators.deflation import Probes, Quadrature
 from sharpkit.estimators.jackknife import jackknife
 from sharpkit.estimators.protocol import check_positive
 from sharpkit.results import Estimate, Spectrum
@@ -22,6 +22,7 @@ __all__ = [
     "log_det",
     "negative_mass",
     "renyi_entropy",
+    "renyi_entropy_of_probes",
 ]
 
 SpectrumPart: TypeAlias = Literal["abs", "clipped"]
@@ -156,6 +157,44 @@ def _fewer(quadrature: Quadrature) -> int:
     return max(-(-2 * quadrature.num_steps // 3), 1)
 
 
+def renyi_entropy_of_probes(probes: Probes) -> Estimate:
+    r"""Estimate the Renyi entropy of order 2 from single products, in nats.
+
+    .. math:: H_2 = -\log \frac{\|A\|_F^2}{(\operatorname{tr} A)^2}
+
+    from the lengths and the traces of the same products. With the signed trace: it is the
+    entropy for matrices without negative eigenvalues, and more than that with them.
+
+    Raises:
+        MeasureError: If the trace is not positive, or not told from zero.
+    """
+    locked = probes.locked
+    known = float(locked.values.sum())
+    squares = float((locked.values**2).sum() + 2 * (locked.residuals**2).sum())
+    samples = np.stack([known + probes.traces, squares + probes.squares], axis=1)
+    error = math.sqrt(probes.variance / len(samples))
+    if samples[:, 0].mean() <= max(2 * error, probes.rounding):
+        raise MeasureError(
+            f"Expected a matrix with a positive trace. It is {samples[:, 0].mean():.3g} +-"
+            f" {error:.2g}. Use spectrum='abs'."
+        )
+
+    def entropy(means: np.ndarray) -> float:
+        trace = max(float(means[0]), 1e-300)
+        return 2 * math.log(trace) - math.log(max(float(means[1]), 1e-300))
+
+    result = jackknife(samples, entropy)
+    return Estimate(
+        value=result.value,
+        probe_error=math.hypot(result.error, ROUNDING),
+        error_kind="stderr",
+        cost=probes.cost,
+        details={"alpha": 2.0, "spectrum": "signed", "num_probes": len(samples)},
+        dof=len(samples) - 1,
+        draws=result.draws,
+    )
+
+
 def effective_rank(quadrature: Quadrature) -> Estimate:
     r"""Estimate the effective rank :math:`e^{H_1}`, between 1 and P.
 
@@ -210,28 +249,37 @@ def negative_mass(quadrature: Quadrature) -> Estimate:
     )
 
 
-def log_det(quadrature: Quadrature, *, tau: float) -> Estimate:
+def log_det(
+    quadrature: Quadrature, *, tau: float, spectrum: Literal["abs", "signed"] = "signed"
+) -> Estimate:
     r"""Estimate :math:`\log\det(A + \tau I) = \sum_i \log(\lambda_i + \tau)`.
+
+    Args:
+        quadrature: Of the matrix.
+        tau: Shift.
+        spectrum: ``"signed"``: eigenvalues as they are; ``"abs"``: their magnitudes.
 
     Raises:
         SettingsError: If tau is not positive.
-        MeasureError: If an eigenvalue of at most ``-tau`` was met.
+        MeasureError: If an eigenvalue of at most ``-tau`` was met, with ``"signed"``.
     """
     check_positive("tau", tau)
     low, _ = quadrature.extremes()
-    if low <= -tau:
+    if spectrum == "signed" and low <= -tau:
         raise MeasureError(
             f"Expected eigenvalues greater than -tau = {-tau:g}. There is one of {low:.4g}, so"
-            " the determinant has no real logarithm. Use a larger `tau`, or the GGN."
+            " the determinant has no real logarithm. Use a larger `tau`, or spectrum='abs'."
         )
 
     def logarithms(x: np.ndarray) -> np.ndarray:
-        result: np.ndarray = np.log1p(x / tau)
+        result: np.ndarray = np.log1p((abs(x) if spectrum == "abs" else x) / tau)
         return result
 
-    samples = quadrature.sums(logarithms) + quadrature.dim * math.log(tau)
-    coarse = quadrature.sums(logarithms, _fewer(quadrature)) + quadrature.dim * math.log(tau)
-    truncation = abs(float(samples.mean() - coarse.mean()))
+    shift = quadrature.dim * math.log(tau)
+    samples = quadrature.sums(logarithms) + shift
+    truncation = abs(
+        float((samples - quadrature.sums(logarithms, _fewer(quadrature))).mean() - shift)
+    )
     error = float(samples.std(ddof=1) / math.sqrt(len(samples)))
     return Estimate(
         value=float(samples.mean()),

@@ -297,7 +297,8 @@ def _polished(W: Tensor) -> Tensor:
     if W.shape[1] == 1:
         return _orthonormal(W)[0]
     Q, R = torch.linalg.qr(W)
-    return Q * R.diagonal().sign()
+    polished: Tensor = Q * R.diagonal().sign()
+    return polished
 
 
 def tridiagonal(alphas: np.ndarray, betas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

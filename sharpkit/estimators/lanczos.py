@@ -337,7 +337,8 @@ class _Search:
             W = W - Y @ (Y.T @ W)
         sizes = W.norm(dim=0)
         W = W[:, sizes > 0] / sizes[sizes > 0]
-        return torch.linalg.qr(torch.cat([Y, W], dim=1)[:, : self.matrix.dim])[0]
+        basis: Tensor = torch.linalg.qr(torch.cat([Y, W], dim=1)[:, : self.matrix.dim])[0]
+        return basis
 
     def _outer(self, sign: int, ascending: np.ndarray) -> np.ndarray:
         # The k outermost of an end, outermost first.

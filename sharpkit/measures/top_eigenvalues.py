@@ -23,6 +23,7 @@ def top_eigenvalues(
     which: Which = "both",
     tol: float = 1e-3,
     max_matvecs: int = 400,
+    block_size: int = 1,
 ) -> Estimate:
     r"""Largest eigenvalue of the Hessian, with the k extreme ones at both ends as parts.
 
@@ -41,11 +42,14 @@ def top_eigenvalues(
             is the smallest eigenvalue.
         tol: Relative error at which a pair has converged; at most 0.01.
         max_matvecs: Budget of Hessian-vector products.
+        block_size: Vectors multiplied together; two or more resolve repeated eigenvalues.
     """
     dim = analysis.objective.space.dim
     if k > dim:
         raise SettingsError(f"Expected `k` of at most {dim}, the number of parameters. Got {k}.")
-    pairs = analysis.eigenpairs(k=k, which=which, tol=tol, max_matvecs=max_matvecs)
+    pairs = analysis.eigenpairs(
+        k=k, which=which, tol=tol, max_matvecs=max_matvecs, block_size=block_size
+    )
     # What is wrong in the same way in every product, no residual shows.
     wrong = analysis.product_error * max(map(abs, pairs.largest + pairs.smallest))
     parts = [
@@ -73,7 +77,8 @@ def top_eigenvalues(
         )
     notes += analysis.saturation_note()
     head = parts[0]
-    return Estimate(
+    vectors = pairs.smallest_vectors if which == "smallest" else pairs.largest_vectors
+    estimate = Estimate(
         value=head.value,
         probe_error=head.probe_error,
         error_kind="bound",
@@ -86,6 +91,8 @@ def top_eigenvalues(
             "failure_probability": pairs.failure_probability,
             "second_start": pairs.second_start,
             "num_steps": pairs.num_steps,
+            "num_restarts": pairs.num_restarts,
         },
         notes=tuple(notes),
     )
+    return analysis.spectral().eigenvalue_data_error(estimate, vectors[:, 0])

@@ -1,0 +1,39 @@
+"""The effective rank of the Hessian."""
+
+from sharpkit import estimators
+from sharpkit.analysis import Analysis
+from sharpkit.measures._entropy import check_quadrature, with_error
+from sharpkit.measures.registry import register
+from sharpkit.results import Estimate
+
+
+@register(
+    "effective_rank",
+    symbol="exp H_1(|lambda|)",
+    reference="Roy and Vetterli 2007, doi:10.5281/zenodo.40328",
+    cost="24 Lanczos steps and num_probes x num_steps HVPs (36), shared with the entropies",
+    invariant_to={"permutation", "orthogonal"},
+    degree=0,
+    nonnegative=True,
+)
+def effective_rank(analysis: Analysis, *, num_probes: int = 6, num_steps: int = 6) -> Estimate:
+    r"""Effective rank of the Hessian, the exponential of the entropy of its spectrum.
+
+    .. math:: \exp\Big(-\sum_i p_i \log p_i\Big), \qquad
+        p_i = |\lambda_i| \Big/ \sum_j |\lambda_j|
+
+    The number of equal eigenvalues with the same entropy: between 1 and P. The bulk of very
+    many small eigenvalues weighs in it, unlike in the stable rank.
+
+    Args:
+        analysis: What is measured.
+        num_probes: Random vectors, beside the Lanczos run's.
+        num_steps: Lanczos steps of each.
+
+    Raises:
+        MeasureError: If the Hessian is zero.
+    """
+    check_quadrature(num_probes, num_steps)
+    quadrature = analysis.spectral().quadrature(num_probes=num_probes, num_steps=num_steps)
+    estimate = estimators.effective_rank(quadrature)
+    return with_error(analysis.spectral(), quadrature, estimate, 1.0, "abs", estimate.value)

@@ -1,0 +1,47 @@
+"""How much of the Hessian's curvature is negative."""
+
+import numpy as np
+
+from sharpkit import estimators
+from sharpkit.analysis import Analysis
+from sharpkit.measures._entropy import check_quadrature
+from sharpkit.measures.registry import register
+from sharpkit.results import Estimate
+
+
+@register(
+    "negative_mass",
+    symbol="sum |lambda_-| / sum |lambda|",
+    reference="Ghorbani et al. 2019, arXiv:1901.10159",
+    cost="24 Lanczos steps and num_probes x num_steps HVPs (36), shared with the entropies",
+    invariant_to={"permutation", "orthogonal"},
+    degree=0,
+    nonnegative=True,
+)
+def negative_mass(analysis: Analysis, *, num_probes: int = 6, num_steps: int = 6) -> Estimate:
+    r"""Negative share of the Hessian's curvature: 0 at a minimum, 1 at a maximum.
+
+    .. math:: \sum_{\lambda_i<0} |\lambda_i| \Big/ \sum_i |\lambda_i|
+
+    How far from a minimum the point is, in magnitudes rather than counts: most eigenvalues
+    are so near to zero that their signs say nothing.
+
+    Args:
+        analysis: What is measured.
+        num_probes: Random vectors, beside the Lanczos run's.
+        num_steps: Lanczos steps of each.
+
+    Raises:
+        MeasureError: If the Hessian is zero.
+    """
+    check_quadrature(num_probes, num_steps)
+    spectral = analysis.spectral()
+    quadrature = spectral.quadrature(num_probes=num_probes, num_steps=num_steps)
+    estimate = estimators.negative_mass(quadrature)
+    total = float(quadrature.sums(abs).mean()) or 1.0
+
+    def linear(x: np.ndarray) -> np.ndarray:
+        result: np.ndarray = (np.maximum(-x, 0.0) - estimate.value * abs(x)) / total
+        return result
+
+    return spectral.with_data_error(estimate, linear)
