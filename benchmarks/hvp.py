@@ -107,12 +107,17 @@ def _eigenthings(model: nn.Module, x: Tensor, y: Tensor, v: Tensor, V8: Tensor) 
     return {"hessian-eigenthings": (_under_math(lambda: operator.matvec(v)), 1)}
 
 
-def measure(name: str, repeats: int) -> dict[str, dict[str, float]]:
-    """Return the median, the lowest and the highest cost of each method, in gradients."""
+def untrained(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return a network at its start, with random inputs and labels."""
     torch.manual_seed(0)
     model, x = MODELS[name]()
-    model.eval()
-    y = torch.randint(10, (len(x),))
+    return model.eval(), x, torch.randint(10, (len(x),))
+
+
+def measure(
+    name: str, model: nn.Module, x: Tensor, y: Tensor, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Return the median, the lowest and the highest cost of each method, in gradients."""
     runs = methods(model, x, y)
     agree(name, runs)
     times: dict[str, list[float]] = {method: [] for method in runs}
@@ -158,7 +163,8 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # the peers' own
     names = options.models.split(",")
-    results = {name: measure(name, 3 if options.quick else options.repeats) for name in names}
+    repeats = 3 if options.quick else options.repeats
+    results = {name: measure(name, *untrained(name), repeats) for name in names}
     order = list(dict.fromkeys(method for r in results.values() for method in r))
     print("| method | " + " | ".join(names) + " |")
     print("|---|" + "---|" * len(names))
