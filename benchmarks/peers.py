@@ -31,12 +31,12 @@ class Counter:
     name = ""
 
     def __init__(self) -> None:
-        self.products = 0
+        self.products, self.limit = 0, float(LIMIT)
 
     def count(self, columns: int = 1) -> None:
         """Add products; give up beyond the limit."""
         self.products += columns
-        if self.products > LIMIT:
+        if self.products > self.limit:
             raise TooManyError
 
     def close(self) -> None:
@@ -61,8 +61,8 @@ class Curvlinops(Counter):
     """curvlinops 3.0.1 with scipy's eigsh."""
 
     name = "curvlinops"
-    top_knobs = ((1e-1, 20), (1e-2, 20), (1e-3, 20), (1e-4, 20))  # tol, ncv
-    bottom_knobs = (*top_knobs, (1e-1, 60), (1e-2, 60), (1e-3, 60))
+    top_ladders = (((1e-1, 20), (1e-2, 20), (1e-3, 20), (1e-4, 20)),)  # tol, ncv (20: default)
+    bottom_ladders = (*top_ladders, ((1e-1, 60), (1e-2, 60), (1e-3, 60), (1e-4, 60)))
     trace_methods = ("hutchinson", "xtrace", "hutch++")
 
     def __init__(self, case: Case):
@@ -139,8 +139,8 @@ class PyHessian(Counter):
     """PyHessian 0.1 with one kept batch; largest magnitudes only, no smallest end."""
 
     name = "PyHessian"
-    top_knobs = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # tol
-    bottom_knobs = ()
+    top_ladders = ((1e-3, 1e-4, 1e-5, 1e-6, 1e-7),)  # tol
+    bottom_ladders = ()
     trace_methods = ("hutchinson",)
 
     def __init__(self, case: Case):
@@ -198,8 +198,8 @@ class Eigenthings(Counter):
     """hessian-eigenthings 1.0.0a5, full reorthogonalization, steps picked by hand."""
 
     name = "hessian-eigenthings"
-    top_knobs = (20, 30, 40, 50, 60, 80, 100, 130, 160, 200)  # Lanczos steps
-    bottom_knobs = (20, 30, 40, 50, 60, 80, 100, 130, 160, 200, 250, 300)
+    top_ladders = ((20, 30, 40, 50, 60, 80, 100, 130, 160, 200),)  # Lanczos steps
+    bottom_ladders = ((40, 60, 80, 100, 130, 160, 200, 250, 300),)
     trace_methods = ("hutchinson", "hutch++")
 
     def __init__(self, case: Case):

@@ -19,6 +19,7 @@ import gc
 import json
 import math
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -38,6 +39,7 @@ import sharpkit as sk
 from sharpkit.estimators import hutchinson_trace, lanczos, spectral_density
 
 ACHIEVE = 1e-3  # relative error of every eigenvalue
+DRAWS = 8  # of XTrace and Hutch++ in the search for their products
 TIMED = 200  # more products than these of plain Hutchinson are timed as so many and scaled
 FLOOR = {"mlp": 1.5}  # arithmetic of one kept product in gradients; 2.0 for the others
 SKETCH = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # products of XTrace; 3/2 Hutch++
@@ -128,29 +130,41 @@ class Pick:
 
 
 def pick_eigen(case: Case, truth: Truth, kind: type[Any], end: str, seeds: range) -> Pick | None:
-    """Return the knob with the fewest products that achieves 1e-3 on all seeds."""
-    knobs = getattr(kind, f"{end}_knobs")
+    """Return the knob with the fewest products that achieves 1e-3 on all seeds.
+
+    Each ladder is climbed from its loosest knob to the first that achieves it.
+    """
     best: Pick | None = None
     last: Pick | None = None
-    for knob in knobs:
-        products = []
-        for seed in seeds:
-            with opened(case, kind) as peer:
-                try:
-                    values = getattr(peer, end)(seed, knob)
-                except (TooManyError, np.linalg.LinAlgError, ArithmeticError):
+    for ladder in getattr(kind, f"{end}_ladders"):
+        for knob in ladder:
+            products, error = [], 0.0
+            for seed in seeds:
+                with opened(case, kind) as peer:
+                    peer.limit = min(LIMIT, 1.2 * best.products) if best else LIMIT
+                    try:
+                        values = getattr(peer, end)(seed, knob)
+                    except TooManyError:
+                        error = math.inf
+                    else:
+                        error = max(error, eigen_error(truth, kind, end, values))
+                        products.append(peer.products)
+                if error > ACHIEVE:
                     break
-                products.append(peer.products)
-                if eigen_error(truth, kind, end, values) > ACHIEVE:
-                    last = Pick(knob, False, peer.products)
-                    break
-        else:
-            mean = statistics.mean(products)
-            if best is None or mean < best.products:
-                best = Pick(knob, True, mean)
-            if not isinstance(knob, tuple):
-                break  # one ladder only: what follows costs more
+            progress(f"{case.name}, {kind.name}, {end}, {knob}: {products}, {error:.1e}")
+            if error == math.inf:
+                break  # tighter ones take even more
+            pick = Pick(knob, error <= ACHIEVE, statistics.mean(products))
+            if pick.reached:
+                best = pick if best is None or pick.products < best.products else best
+                break
+            last = pick
     return best or last
+
+
+def progress(line: str) -> None:
+    """Say on standard error how far the search is."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def eigen_error(truth: Truth, kind: type[Any] | None, end: str, values: Any) -> float:
@@ -162,9 +176,7 @@ def eigen_error(truth: Truth, kind: type[Any] | None, end: str, values: Any) -> 
     return truth.top_error(values)
 
 
-def pick_trace(
-    case: Case, truth: Truth, kind: type[Any], target: float, seeds: range
-) -> tuple[str, Pick]:
+def pick_trace(case: Case, truth: Truth, kind: type[Any], target: float) -> tuple[str, Pick]:
     """Return the method and the products that achieve the error; plain Hutchinson by its law."""
     needed = max(2, math.ceil((truth.one_probe / target) ** 2))
     method, pick = "hutchinson", Pick(min(needed, LIMIT), needed <= LIMIT, min(needed, LIMIT))
@@ -174,14 +186,15 @@ def pick_trace(
             if m >= pick.products or m > most_products(other, case.dim):
                 break
             total = 0.0
-            for seed in seeds:
+            for seed in range(100, 100 + DRAWS):  # not those that are timed
                 with opened(case, kind) as peer:
                     total += (peer.trace(seed, other, m) - truth.trace) ** 2
-                if total > len(seeds) * target**2:
+                if total > DRAWS * target**2:
                     break
             else:
                 method, pick = other, Pick(m, True, m)
                 break
+    progress(f"{case.name}, {kind.name}, trace: {method} {pick.knob}")
     return method, pick
 
 
@@ -246,9 +259,11 @@ def study_hvp(case: Case, repeats: int) -> dict[str, Any]:
     return results
 
 
-def study_top(case: Case, truth: Truth, kinds: list[type[Any]], seeds: range) -> dict[str, Any]:
+def study_top(
+    case: Case, truth: Truth, tops: dict[type[Any], Pick | None], seeds: range
+) -> dict[str, Any]:
     """Print what the five largest eigenvalues cost."""
-    picks = {k: p for k in kinds if (p := pick_eigen(case, truth, k, "top", seeds))}
+    picks = {kind: pick for kind, pick in tops.items() if pick}
     runs: dict[str, list[Found]] = {"sharpkit": [], **{k.name: [] for k in picks}}
     for seed in seeds:
         runs["sharpkit"].append(timed_sharpkit(case, seed, run_sharpkit_top))
@@ -265,24 +280,25 @@ def study_top(case: Case, truth: Truth, kinds: list[type[Any]], seeds: range) ->
             f"| {name} | {given} | {spread([f.products for f in found], 0)} | {error:.1e} |"
             f" {spread([f.seconds for f in found])} | {spread(ratios(found, runs['sharpkit']))} |"
         )
-    for kind in kinds:
+    for kind in tops:
         if kind not in picks:
             print(f"| {kind.name} | no knob ends within {LIMIT} products | - | - | - | - |")
     return {name: [plain(f) for f in found] for name, found in runs.items()}
 
 
-def study_pass(case: Case, truth: Truth, kinds: list[type[Any]], seeds: range) -> dict[str, Any]:
+def study_pass(
+    case: Case, truth: Truth, tops: dict[type[Any], Pick | None], seeds: range
+) -> dict[str, Any]:
     """Print what the whole job costs: both ends, trace, density, Renyi entropy."""
     tried = [timed_sharpkit(case, seed, run_sharpkit_pass) for seed in seeds]
     target = max(rms([f.trace - truth.trace for f in tried]), rms([f.stated for f in tried]))
     plans: dict[type[Any], dict[str, Any]] = {}
-    for kind in kinds:
-        top = pick_eigen(case, truth, kind, "top", seeds)
+    for kind, top in tops.items():
         if top is None:
             print(f"note: {kind.name} has no knob that ends within {LIMIT} products")
             continue
         bottom = pick_eigen(case, truth, kind, "bottom", seeds)
-        method, trace = pick_trace(case, truth, kind, target, seeds)
+        method, trace = pick_trace(case, truth, kind, target)
         plans[kind] = {"top": top, "bottom": bottom, "method": method, "trace": trace}
     runs: dict[str, list[Found]] = {"sharpkit": [], **{k.name: [] for k in plans}}
     for seed in seeds:
@@ -414,10 +430,12 @@ def main() -> None:
         results[name] = {"dim": case.dim, "loss": case.loss, "truth": plain_truth(truth)}
         if "hvp" in parts:
             results[name]["hvp"] = study_hvp(case, 3 * len(seeds))
+        if "top5" in parts or "pass" in parts:
+            tops = {kind: pick_eigen(case, truth, kind, "top", seeds) for kind in kinds}
         if "top5" in parts:
-            results[name]["top5"] = study_top(case, truth, kinds, seeds)
+            results[name]["top5"] = study_top(case, truth, tops, seeds)
         if "pass" in parts:
-            results[name]["pass"] = study_pass(case, truth, kinds, seeds)
+            results[name]["pass"] = study_pass(case, truth, tops, seeds)
         if options.json:  # after every network: a long run may be cut short
             options.json.write_text(json.dumps(results, indent=1))
 
