@@ -418,6 +418,7 @@ def main() -> None:
     seeds = range(options.seeds or (2 if options.quick else 5))
     names = (options.models or ("mlp,cnn" if options.quick else ",".join(RECIPES))).split(",")
     parts, kinds = options.parts.split(","), installed()
+    print(f"sharpkit measured: {Path(sk.__file__).parent}")  # several checkouts may be about
     results: dict[str, Any] = {}
     for name in names:
         case = load(name)
