@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import MODELS
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -31,83 +32,6 @@ import sharpkit as sk
 
 Run = Callable[[], Any]
 CE = nn.CrossEntropyLoss()
-
-
-class Residual(nn.Module):
-    def __init__(self, width: int, stride: int):
-        super().__init__()
-        out = width * stride
-        self.body = nn.Sequential(
-            nn.Conv2d(width, out, 3, stride, 1), nn.BatchNorm2d(out), nn.ReLU(),
-            nn.Conv2d(out, out, 3, 1, 1), nn.BatchNorm2d(out),
-        )  # fmt: skip
-        self.skip = nn.Conv2d(width, out, 1, stride) if stride > 1 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.skip(x))
-
-
-class Transformer(nn.Module):
-    """Pre-norm encoder over patches (ViT) or tokens (BERT-like), mean pooling."""
-
-    def __init__(self, embed: nn.Module, width: int, depth: int, length: int, heads: int):
-        super().__init__()
-        self.embed = embed
-        self.position = nn.Parameter(0.02 * torch.randn(length, width))
-        layer = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True,
-            norm_first=True,
-        )  # fmt: skip
-        self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layers(self.embed(x) + self.position).mean(dim=1))
-
-
-def mlp() -> tuple[nn.Module, Tensor]:
-    model = nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(),
-        nn.Linear(512, 10),
-    )  # fmt: skip
-    return model, torch.randn(512, 784)
-
-
-def cnn() -> tuple[nn.Module, Tensor]:
-    layers: list[nn.Module] = []
-    for a, b in ((3, 32), (32, 64), (64, 64)):
-        layers += [nn.Conv2d(a, b, 3, 1, 1), nn.ReLU(), nn.AvgPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 10)), torch.randn(64, 3, 32, 32)
-
-
-def resnet() -> tuple[nn.Module, Tensor]:
-    model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(), Residual(16, 1),
-        Residual(16, 2), Residual(32, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(64, 10),
-    )  # fmt: skip
-    return model, torch.randn(32, 3, 32, 32)
-
-
-def vit() -> tuple[nn.Module, Tensor]:
-    embed = nn.Sequential(nn.Conv2d(3, 96, 4, 4), nn.Flatten(2))
-
-    class Patches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = embed
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x).transpose(1, 2)
-
-    return Transformer(Patches(), 96, 4, 64, 4), torch.randn(16, 3, 32, 32)
-
-
-def bert() -> tuple[nn.Module, Tensor]:
-    return Transformer(nn.Embedding(1000, 128), 128, 4, 64, 4), torch.randint(1000, (16, 64))
-
-
-MODELS = {"mlp": mlp, "cnn": cnn, "resnet": resnet, "vit": vit, "bert": bert}
 
 
 def methods(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, tuple[Run, int]]:
@@ -183,12 +107,17 @@ def _eigenthings(model: nn.Module, x: Tensor, y: Tensor, v: Tensor, V8: Tensor) 
     return {"hessian-eigenthings": (_under_math(lambda: operator.matvec(v)), 1)}
 
 
-def measure(name: str, repeats: int) -> dict[str, dict[str, float]]:
-    """Return the median, the lowest and the highest cost of each method, in gradients."""
+def untrained(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return a network at its start, with random inputs and labels."""
     torch.manual_seed(0)
     model, x = MODELS[name]()
-    model.eval()
-    y = torch.randint(10, (len(x),))
+    return model.eval(), x, torch.randint(10, (len(x),))
+
+
+def measure(
+    name: str, model: nn.Module, x: Tensor, y: Tensor, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Return the median, the lowest and the highest cost of each method, in gradients."""
     runs = methods(model, x, y)
     agree(name, runs)
     times: dict[str, list[float]] = {method: [] for method in runs}
@@ -234,7 +163,8 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # the peers' own
     names = options.models.split(",")
-    results = {name: measure(name, 3 if options.quick else options.repeats) for name in names}
+    repeats = 3 if options.quick else options.repeats
+    results = {name: measure(name, *untrained(name), repeats) for name in names}
     order = list(dict.fromkeys(method for r in results.values() for method in r))
     print("| method | " + " | ".join(names) + " |")
     print("|---|" + "---|" * len(names))
