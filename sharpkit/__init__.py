@@ -15,6 +15,7 @@ from sharpkit.analysis import Analysis
 from sharpkit.errors import SharpkitError, SharpkitWarning
 from sharpkit.objective import Objective
 from sharpkit.operators import SymmetricOperator, empirical_fisher, ggn, hessian, mc_fisher
+from sharpkit.overview import SpectrumSummary, compare, spectrum
 from sharpkit.parameters import ParameterSpace
 from sharpkit.results import Cost, Curve, Estimate, Part, Score, Scores, Spectrum
 from sharpkit.scoring import score
@@ -32,12 +33,15 @@ __all__ = [
     "SharpkitError",
     "SharpkitWarning",
     "Spectrum",
+    "SpectrumSummary",
     "SymmetricOperator",
+    "compare",
     "empirical_fisher",
     "ggn",
     "hessian",
     "mc_fisher",
     "score",
+    "spectrum",
 ]
 
 __version__ = version("sharpkit")

@@ -60,7 +60,7 @@ class Analysis:
         *,
         seed: int = 0,
         max_basis: int | None = None,
-        num_groups: int = 16,
+        num_groups: int = 8,
     ):
         dim = objective.space.dim
         if max_basis is not None and not min(FEWEST_BASIS, dim) <= max_basis <= dim:

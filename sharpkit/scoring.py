@@ -18,7 +18,7 @@ from sharpkit.errors import SettingsError, SharpkitError, SharpkitWarning
 from sharpkit.objective import Objective
 from sharpkit.results import Cost, Score, Scores
 
-__all__ = ["MeasureRequest", "parse_request", "score"]
+__all__ = ["MeasureRequest", "measure_all", "parse_request", "score"]
 
 MeasureRequest: TypeAlias = str | tuple[str, Mapping[str, Any]]
 """``"name"``, ``"name:key=value,key=value"``, or ``("name", {"key": value})``."""
@@ -68,6 +68,8 @@ def score(
     names: MeasureRequest | Iterable[MeasureRequest] | None = None,
     *,
     seed: int = 0,
+    max_basis: int | None = None,
+    num_groups: int = 8,
     provenance: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
     on_score: Callable[[Score], None] | None = None,
@@ -82,6 +84,8 @@ def score(
         objective: Model, loss and data.
         names: Measures with settings; ``None`` asks for all of them.
         seed: Seed of every random draw.
+        max_basis: Most Krylov vectors to hold; None: what a quarter of the memory holds.
+        num_groups: Groups of the data for the error from the data; 0: none.
         provenance: Added to each score's provenance.
         progress: Called with the name of each measure before it starts.
         on_score: Called with each score as soon as it is there.
@@ -122,13 +126,27 @@ def score(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise SettingsError(f"Expected `seed` to be a whole number. Got {seed!r}.")
     parsed = [parse_request(request) for request in requests]
-    analysis = Analysis(objective, seed=seed)
-    origin = {**_provenance(objective), **(provenance or {})}
+    analysis = Analysis(objective, seed=seed, max_basis=max_basis, num_groups=num_groups)
+    return measure_all(
+        analysis, parsed, provenance=provenance, progress=progress, on_score=on_score
+    )
+
+
+def measure_all(
+    analysis: Analysis,
+    parsed: Iterable[tuple[measures.Measure, Mapping[str, Any]]],
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+    on_score: Callable[[Score], None] | None = None,
+) -> Scores:
+    """Return the scores of parsed requests; see :func:`score`."""
+    origin = {**_provenance(analysis.objective), **(provenance or {})}
     scores = []
     for measure, settings in parsed:
         if progress:
             progress(measure.name)
-        result = _one(analysis, measure, settings, seed, origin)
+        result = _one(analysis, measure, settings, analysis.seed, origin)
         scores.append(result)
         if on_score:
             on_score(result)

@@ -26,6 +26,7 @@ from sharpkit.estimators import (
     random_signs,
 )
 from sharpkit.estimators.deflation import Probes, trace_of
+from sharpkit.objective.groups import group_error
 from sharpkit.operators import SymmetricOperator
 from sharpkit.results import Estimate
 
@@ -35,8 +36,8 @@ T = TypeVar("T")
 Function = Callable[[np.ndarray], np.ndarray]
 
 HEAD_STEPS = 24  # of the run that outliers are taken from; more of them find bulk only
-DATA_PROBES = 4  # they only have to show how much groups of the data differ
-MOST_DATA_VECTORS = 16
+DATA_PROBES = 2  # they only have to show how much groups of the data differ
+MOST_DATA_VECTORS = 8
 BLOCK = 8  # columns of a pass over groups: memory
 
 
@@ -237,6 +238,68 @@ class Spectral:
             return estimate
         return replace(estimate, data_error=found[0], data_draws=_centred(found[1], estimate.value))
 
+    def with_shape_data_error(
+        self,
+        estimate: Estimate,
+        quadrature: Quadrature,
+        function: Function,
+        further: Function | None = None,
+    ) -> Estimate:
+        r"""Return the estimate with its error from the data, for functions with a kink at zero.
+
+        As :meth:`with_data_error`, with :math:`\varphi'(A') z` from the Lanczos vectors of
+        two of the probes; where these were not kept, there is no error from the data.
+
+        Args:
+            estimate: A number.
+            quadrature: What it was computed from.
+            function: The phi whose trace has the number's first-order changes.
+            further: Maps known eigenvalues to further slopes along each of them.
+        """
+        if self._forms is None or (not quadrature.bases and quadrature.dim > self.locked.size):
+            return estimate
+        key = ("shape data", len(quadrature.masses), quadrature.num_steps)
+        found = self._once(key, lambda: self._shape_parts(quadrature))
+        if found is None:
+            return estimate
+        known, probes = found
+        slopes = _slope(function, self.locked.values)
+        if further is not None:
+            slopes = slopes + further(self.locked.values)
+        count = len(probes)
+        total: Tensor | None = None
+        weights = None
+        for forms, coefficients in [
+            *((f, slopes[None, i : i + BLOCK]) for i, f in known),
+            *(
+                (f, quadrature.slopes(lambda x: _slope(function, x), i)[:, None] / count)
+                for i, f in enumerate(probes)
+            ),
+        ]:
+            part = torch.einsum("lgk,lk->g", forms.forms, torch.as_tensor(coefficients))
+            total, weights = part if total is None else total + part, forms.weights
+        if total is None or weights is None:
+            return estimate
+        error = group_error(total, weights)
+        if error is None:
+            return estimate
+        return replace(estimate, data_error=error[0], data_draws=_centred(error[1], estimate.value))
+
+    def _shape_parts(self, quadrature: Quadrature) -> Any:
+        # Forms (q, q) of all known vectors, and of each probe (v_j, z) for its Lanczos vectors.
+        assert self._forms is not None
+        Q, known, probes = self.locked.vectors, [], []
+        for start in range(0, Q.shape[1], BLOCK):
+            columns = Q[:, start : start + BLOCK]
+            forms = self._forms(columns, [columns])
+            if forms is None:
+                return None
+            known.append((start, forms))
+        for i, basis in enumerate(quadrature.bases):
+            z = basis[:1].T * math.sqrt(quadrature.masses[i])
+            probes.append(self._forms(z, [v[:, None] for v in basis]))
+        return known, probes
+
     def eigenvalue_data_error(self, estimate: Estimate, vector: Tensor) -> Estimate:
         """Return an eigenvalue with its error from the data: ``v . (A_g v)`` group by group."""
         if self._forms is None:
@@ -282,11 +345,14 @@ class Spectral:
         order = np.argsort(-abs(locked.values))[:MOST_DATA_VECTORS]
         generator = self._generator("probes")
         nothing = self.operator.dim <= locked.size
-        Z = locked.project(random_signs(self.operator, DATA_PROBES, generator))
-        if nothing:
+        Z = random_signs(self.operator, DATA_PROBES, generator)
+        if nothing and len(order) == locked.size:
             Z = Z[:, :0]
-        Y = locked.project(self.operator @ Z) if Z.shape[1] else Z
-        V = torch.cat([locked.vectors[:, order.copy()], Z], dim=1)
+        Q = locked.vectors[:, torch.as_tensor(order.copy(), device=locked.vectors.device)]
+        Z = Z - Q @ (Q.T @ Z)  # the probes stand for all but the largest, known or not
+        Y = self.operator @ Z if Z.shape[1] else Z
+        Y = Y - Q @ (Q.T @ Y)
+        V = torch.cat([Q, Z], dim=1)
         lefts = torch.cat([torch.zeros_like(V[:, : len(order)]), Y], dim=1)
         blocks = []
         for start in range(0, V.shape[1], BLOCK):

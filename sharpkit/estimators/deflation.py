@@ -29,7 +29,9 @@ __all__ = [
 ]
 
 BLOCK = 8  # probes applied together: batches are read once for all of them
+BASES = 2  # probes whose Lanczos vectors are handed out
 FEWEST_FOR_TARGET = 16  # a standard error from fewer samples stops too early too often
+FARTHEST = 1e6  # times the matrix: a node farther off has no weight left
 LOCK_SHARE = 0.01  # relative residual at which a Ritz pair counts as an eigenpair
 REORTHOGONALIZE = 2**28  # bytes of vectors that short runs may keep to stay orthogonal
 
@@ -317,9 +319,10 @@ class Quadrature:
         locked: The eigenvalues known.
         masses: :math:`|z'_p|^2` of each probe: about ``P - q``.
         alphas: Diagonals of the tridiagonal matrices, a row a probe.
-        betas: Their off-diagonals.
+        betas: Their off-diagonals; a last one, beyond the matrix, where the run could go on.
         dim: P.
         cost: Products.
+        bases: Lanczos vectors of the first probes, each ``[steps, P]``, where they fit.
     """
 
     locked: Locked
@@ -328,22 +331,32 @@ class Quadrature:
     betas: tuple[np.ndarray, ...]
     dim: int
     cost: Cost
+    bases: tuple[Tensor, ...] = ()
 
     @property
     def floor(self) -> float:
         """The rounding level of eigenvalues."""
         return self.locked.floor
 
-    def rules(self, steps: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+    def rules(
+        self, steps: int | None = None, *, zero: bool = False
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return nodes and weights of each probe; the weights sum to 1.
 
         Args:
             steps: Use only the first steps; None: all.
+            zero: Put a node at zero (Gauss-Radau), where almost all eigenvalues of a
+                network lie: a node beside it would count them all as curvature.
         """
         result = []
         for alphas, betas in zip(self.alphas, self.betas, strict=True):
             count = min(len(alphas), steps or len(alphas))
-            nodes, S = tridiagonal(alphas[:count], betas[: count - 1])
+            diagonal, off = alphas[:count], betas[:count]
+            last = _radau(diagonal, off) if zero and len(off) == count else None
+            if last is None:
+                nodes, S = tridiagonal(diagonal, off[: count - 1])
+            else:
+                nodes, S = tridiagonal(np.append(diagonal, last), off)
             result.append((nodes, S[0] ** 2))
         return result
 
@@ -353,21 +366,50 @@ class Quadrature:
         return max((len(a) for a in self.alphas), default=0)
 
     def sums(
-        self, function: Callable[[np.ndarray], np.ndarray], steps: int | None = None
+        self,
+        function: Callable[[np.ndarray], np.ndarray],
+        steps: int | None = None,
+        *,
+        zero: bool = False,
     ) -> np.ndarray:
-        """Return each probe's estimate of ``tr f(A)``, ``[m]``."""
+        """Return each probe's estimate of ``tr f(A)``, ``[m]``; see :meth:`rules`."""
         known = float(function(self.locked.values).sum())
+        rules = self.rules(steps, zero=zero)
         return np.array(
             [
                 known + mass * float(weights @ function(nodes))
-                for mass, (nodes, weights) in zip(self.masses, self.rules(steps), strict=True)
+                for mass, (nodes, weights) in zip(self.masses, rules, strict=True)
             ]
         )
+
+    def slopes(self, slope: Callable[[np.ndarray], np.ndarray], probe: int) -> np.ndarray:
+        """Return ``f'(A') z`` as coefficients of a probe's basis, given the slope ``f'``."""
+        steps = len(self.bases[probe])
+        diagonal, off = self.alphas[probe][:steps].copy(), self.betas[probe][: steps - 1]
+        if steps > 1:
+            last = _radau(diagonal[:-1], off)
+            diagonal[-1] = diagonal[-1] if last is None else last
+        nodes, S = tridiagonal(diagonal, off)
+        result: np.ndarray = S @ (slope(nodes) * S[0]) * math.sqrt(self.masses[probe])
+        return result
 
     def extremes(self) -> tuple[float, float]:
         """Return the smallest and the largest value met."""
         values = np.concatenate([self.locked.values, *[x for x, _ in self.rules()]])
         return float(values.min()), float(values.max())
+
+
+def _radau(alphas: np.ndarray, betas: np.ndarray) -> float | None:
+    # The last diagonal entry that gives the tridiagonal matrix an eigenvalue of zero (Golub
+    # 1973, doi:10.1137/1015032); None if a node is there already.
+    T = np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
+    unit = np.zeros(len(alphas))
+    unit[-1] = betas[-1] ** 2
+    try:
+        last = float(np.linalg.solve(T, unit)[-1])
+    except np.linalg.LinAlgError:
+        return None
+    return last if abs(last) < FARTHEST * max(np.abs(T).max(), betas[-1]) else None
 
 
 def deflated_quadrature(
@@ -404,19 +446,23 @@ def deflated_quadrature(
     alphas: list[np.ndarray] = []
     betas: list[np.ndarray] = []
     steps = min(num_steps, matrix.dim - locked.size)
+    bases: list[Tensor] = []
     while len(masses) < num_probes:
         Z = random_signs(matrix, min(BLOCK, num_probes - len(masses)), generator)
-        run = _lockstep(matrix, locked, Z, steps)
+        run = _lockstep(matrix, locked, Z, steps, 0 if bases else BASES)
         masses += run[0].tolist()
         alphas += run[1]
         betas += run[2]
+        bases = bases or run[3]
     cost = Cost(hvps=matrix.num_matvecs - before)
-    return Quadrature(locked, np.array(masses), tuple(alphas), tuple(betas), matrix.dim, cost)
+    return Quadrature(
+        locked, np.array(masses), tuple(alphas), tuple(betas), matrix.dim, cost, tuple(bases)
+    )
 
 
 def _lockstep(
-    matrix: Matrix, locked: Locked, Z: Tensor, steps: int
-) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    matrix: Matrix, locked: Locked, Z: Tensor, steps: int, num_bases: int
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray], list[Tensor]]:
     # Independent Lanczos runs, one a column, a product of the whole block at a time.
     V = locked.project(locked.project(Z))
     masses = V.double().square().sum(dim=0)
@@ -427,15 +473,19 @@ def _lockstep(
         V = V / masses.sqrt().to(V.dtype)
     orthogonal = steps * Z.numel() * Z.element_size() <= REORTHOGONALIZE
     past: list[Tensor] = []
+    bases: list[list[Tensor]] = [[] for _ in range(num_bases if orthogonal and steps else 0)]
     alive = list(range(count)) if steps > 0 else []
     eps = torch.finfo(matrix.dtype).eps
     scale = float(abs(locked.values).max()) if locked.size else 0.0
     previous, beta = torch.zeros_like(V), torch.zeros(count, dtype=V.dtype, device=V.device)
-    for step in range(steps):
+    for _ in range(steps):
         if not alive:
             break
         W = locked.project(matrix @ V[:, alive])
         now = V[:, alive]
+        for i, column in zip(alive, now.unbind(dim=1), strict=True):
+            if i < len(bases):
+                bases[i].append(column)
         alpha = (now.double() * W).sum(dim=0)
         W = W - now * alpha.to(W.dtype) - previous * beta
         past = [*past, now] if orthogonal else [now]
@@ -449,7 +499,7 @@ def _lockstep(
             zip(alive, alpha.tolist(), length.tolist(), strict=True)
         ):
             alphas[probe_index].append(a)
-            if step + 1 < steps and b > 10 * eps * scale:
+            if b > 10 * eps * scale:
                 betas[probe_index].append(b)
                 keep.append(i)
         alive = [alive[i] for i in keep]
@@ -462,4 +512,5 @@ def _lockstep(
         masses.cpu().numpy() if steps > 0 else np.zeros(count),
         [np.array(a) if a else np.zeros(1) for a in alphas],
         [np.array(b) for b in betas],
+        [torch.stack(basis) for basis in bases if basis],
     )

@@ -73,9 +73,12 @@ def renyi_entropy(
         \quad p_i = |\lambda_i| / \operatorname{tr}|A|
 
     Both traces come from the same probes; the bias of the ratio's logarithm is removed by
-    the jackknife, whose error is combined with what the last third of the Lanczos steps
-    changed. Eigenvalues below the rounding level count as zero: for alpha < 1 very many of
-    them could matter, and ``details["floor_shift"]`` says by how many nats at most.
+    the jackknife. Almost all eigenvalues of a network are near zero, where the magnitude has
+    its kink, and few Lanczos steps see too little of them: the rules have a node at zero,
+    the value is extrapolated (as much again as the second half of the steps changed), and
+    that change counts as error beside the jackknife's. Eigenvalues below the rounding level
+    count as zero: for alpha < 1 very many of them could matter, and
+    ``details["floor_shift"]`` says by how many nats at most.
 
     Args:
         quadrature: Of the matrix.
@@ -110,15 +113,16 @@ def renyi_entropy(
         return (math.log(powers) - alpha * math.log(total)) / (1 - alpha)
 
     def samples(steps: int | None = None) -> np.ndarray:
-        first = quadrature.sums(scaled, steps)
+        first = quadrature.sums(scaled, steps, zero=True)
         if math.isinf(alpha):
             return np.stack([first, first], axis=1)
-        return np.stack([first, quadrature.sums(lambda x: power(scaled(x)), steps)], axis=1)
+        powers = quadrature.sums(lambda x: power(scaled(x)), steps, zero=True)
+        return np.stack([first, powers], axis=1)
 
     every = samples()
     result = jackknife(every, entropy)
     means = every.mean(axis=0)
-    truncation = abs(entropy(means) - entropy(samples(_fewer(quadrature)).mean(axis=0)))
+    truncation = entropy(means) - entropy(samples(_fewer(quadrature)).mean(axis=0))
     details = {
         "alpha": alpha,
         "spectrum": spectrum,
@@ -130,7 +134,7 @@ def renyi_entropy(
     }
     notes: tuple[str, ...] = ()
     if alpha < 1:
-        below = quadrature.sums(lambda x: (sizes(x) == 0).astype(float)).mean()
+        below = quadrature.sums(lambda x: (sizes(x) == 0).astype(float), zero=True).mean()
         hidden = below * (floor / largest) ** alpha
         shift = math.log1p(hidden / max(float(means[1]), 1e-300)) / (1 - alpha)
         details["floor_shift"] = shift
@@ -141,20 +145,19 @@ def renyi_entropy(
                 " dtype=torch.float64, or use alpha > 1.",
             )
     return Estimate(
-        value=result.value,
-        # The root at zero makes few nodes miss more than the last of them changed.
-        probe_error=math.hypot(result.error, truncation / (1 if alpha < 1 else 2), ROUNDING),
+        value=result.value + truncation,
+        probe_error=math.hypot(result.error, truncation, ROUNDING),
         error_kind="stderr",
         cost=quadrature.cost,
         details=details,
         notes=notes,
         dof=len(every) - 1,
-        draws=result.draws,
+        draws=tuple(d + truncation for d in result.draws),
     )
 
 
 def _fewer(quadrature: Quadrature) -> int:
-    return max(-(-2 * quadrature.num_steps // 3), 1)
+    return max(quadrature.num_steps // 2, 1)
 
 
 def renyi_entropy_of_probes(probes: Probes) -> Estimate:
@@ -226,8 +229,8 @@ def negative_mass(quadrature: Quadrature) -> Estimate:
     floor = quadrature.floor
 
     def samples(steps: int | None = None) -> np.ndarray:
-        below = quadrature.sums(lambda x: np.where(x < -floor, -x, 0.0), steps)
-        return np.stack([below, quadrature.sums(abs, steps)], axis=1)
+        below = quadrature.sums(lambda x: np.where(x < -floor, -x, 0.0), steps, zero=True)
+        return np.stack([below, quadrature.sums(abs, steps, zero=True)], axis=1)
 
     every = samples()
     if every[:, 1].mean() <= floor:
@@ -237,15 +240,15 @@ def negative_mass(quadrature: Quadrature) -> Estimate:
         return float(means[0] / means[1])
 
     result = jackknife(every, share)
-    truncation = abs(share(every.mean(axis=0)) - share(samples(_fewer(quadrature)).mean(axis=0)))
+    truncation = share(every.mean(axis=0)) - share(samples(_fewer(quadrature)).mean(axis=0))
     return Estimate(
-        value=min(max(result.value, 0.0), 1.0),
-        probe_error=math.hypot(result.error, truncation / 2),
+        value=min(max(result.value + truncation, 0.0), 1.0),
+        probe_error=math.hypot(result.error, truncation),
         error_kind="stderr",
         cost=quadrature.cost,
         details={"truncation": truncation, "num_probes": len(every)},
         dof=len(every) - 1,
-        draws=result.draws,
+        draws=tuple(d + truncation for d in result.draws),
     )
 
 
@@ -276,14 +279,16 @@ def log_det(
         return result
 
     shift = quadrature.dim * math.log(tau)
-    samples = quadrature.sums(logarithms) + shift
-    truncation = abs(
-        float((samples - quadrature.sums(logarithms, _fewer(quadrature))).mean() - shift)
-    )
+    zero = spectrum == "abs"  # a kink, like that of the entropies
+    samples = quadrature.sums(logarithms, zero=zero) + shift
+    coarse = quadrature.sums(logarithms, _fewer(quadrature), zero=zero) + shift
+    truncation = float((samples - coarse).mean())
     error = float(samples.std(ddof=1) / math.sqrt(len(samples)))
+    # A smooth logarithm converges fast; one with a kink is extrapolated like the entropies.
+    samples = samples + (truncation if zero else 0.0)
     return Estimate(
         value=float(samples.mean()),
-        probe_error=math.hypot(error, truncation / 2, quadrature.floor),
+        probe_error=math.hypot(error, truncation if zero else truncation / 2, quadrature.floor),
         error_kind="stderr",
         cost=quadrature.cost,
         details={"tau": tau, "truncation": truncation, "num_probes": len(samples)},

@@ -16,6 +16,7 @@ from sharpkit.estimators.protocol import Matrix, sphere_vector
 __all__ = ["ROUNDING", "Krylov", "tridiagonal", "unseen_share"]
 
 ROUNDING = 10  # products are wrong by a few eps of the matrix's norm, at least
+ONE_PASS = 0.1  # of a vector: what one pass may take away and leave the rest orthogonal
 KEPT_SHARE = 0.6  # of a full basis, what a restart keeps
 
 
@@ -75,6 +76,7 @@ class Krylov:
         self._couplings: list[np.ndarray] = []  # what each product had along locked vectors
         self._products = 0
         self._scale = self._noise = 0.0
+        self._last: Tensor | None = None  # the block before, while the coupling is to it alone
         self._next: Tensor | None = self._first(start)
         self._R = np.zeros((0 if self._next is None else self._next.shape[1], 0))
 
@@ -132,10 +134,13 @@ class Krylov:
             return None
         return _polished(self._orthogonalize(X[:, torch.as_tensor(kept, device=X.device)])[0])
 
-    def _orthogonalize(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        # Returns what is left, and the first pass's coefficients.
+    def _orthogonalize(
+        self, W: Tensor, enough: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        # Returns what is left, and the first pass's coefficients. One pass is enough where
+        # it takes away less than the share of what is left; twice is always enough.
         first: tuple[Tensor, Tensor | None] | None = None
-        for _ in range(2):  # "twice is enough"
+        for _ in range(2):
             along = self.basis.coefficients(W)
             W = self.basis.subtract(W, along)
             held = None
@@ -143,6 +148,9 @@ class Krylov:
                 held = self.locked.T @ W
                 W = W - self.locked @ held
             first = first or (along, held)
+            taken = float(along.norm()) + (0.0 if held is None else float(held.norm()))
+            if taken <= enough * float(W.norm()):
+                break
         assert first is not None
         return W, *first
 
@@ -162,9 +170,16 @@ class Krylov:
         self._products += width
         own = accurate_gram(X, W).cpu().numpy()
         own = (own + own.T) / 2
-        W, along, held = self._orthogonalize(W)
+        # Take out what the recurrence knows first: the rest is rounding, for one pass.
+        W = W - X @ torch.as_tensor(own, dtype=X.dtype, device=X.device)
+        if self._last is not None and before:
+            known = self._R[:, -self._last.shape[1] :].T
+            W = W - self._last @ torch.as_tensor(known.copy(), dtype=X.dtype, device=X.device)
+        expected = np.zeros((before, width)) if self._last is not None else self._R.T
+        W, along, held = self._orthogonalize(W, ONE_PASS)
+        self._last = X
         if before:
-            unexpected = along[:before].double().cpu().numpy() - self._R.T
+            unexpected = along[:before].double().cpu().numpy() - expected
             self._noise = max(self._noise, float(np.linalg.norm(unexpected)))
         if held is not None:
             self._couplings.append(held.double().cpu().numpy())
@@ -211,6 +226,7 @@ class Krylov:
             self._couplings = [np.concatenate(self._couplings, axis=1) @ S]
         self.restarts += 1
         self.steps.clear()
+        self._last = None
 
     def truncate(self, steps: int) -> None:
         """Go back to what was known after the first steps, and free the rest's memory."""
@@ -221,13 +237,14 @@ class Krylov:
         self.basis.truncate(at.size)
         self._T, self._R = self._T[: at.size, : at.size], at.coupling
         self._scale, self._noise = at.scale, at.noise
+        self._last = None
         self._couplings = self._couplings[:steps]
         del self.steps[steps:]
 
     def release(self) -> None:
         """Free the basis; the run cannot be continued."""
         self.basis.truncate(0)
-        self._next = None
+        self._next = self._last = None
 
     # -- what it says ----------------------------------------------------------------
 

@@ -22,7 +22,8 @@ Which: TypeAlias = Literal["both", "largest", "smallest"]
 SMALL_SHARE = 0.05  # an eigenvalue below this share of the largest is "small"
 COARSEST = 0.01  # a larger relative residual cannot tell an eigenvalue from its neighbour
 DOUBTED = 6  # times the tolerance: what a doubt may add to an error that met it
-STAGNATION_STEPS = 5
+STAGNATION_STEPS = 4
+SECOND_SHARE = 0.5  # of the first start's steps, what the second makes before it may say so
 FEWEST_STEPS = 8  # of a second start, before it may say that nothing was missed
 
 
@@ -378,7 +379,9 @@ class _Search:
             krylov = self._krylov(locked, None, room)
             if krylov.exhausted:
                 return ends, outcome
-            finished = self._search_beyond(krylov, ends, max(FEWEST_STEPS, 3 * steps // 4))
+            finished = self._search_beyond(
+                krylov, ends, max(FEWEST_STEPS, int(SECOND_SHARE * steps))
+            )
             if not finished:
                 return ends, "not run"
             values, S, residuals = self._ritz(krylov)

@@ -40,7 +40,7 @@ def with_error(
     def size(x: np.ndarray) -> np.ndarray:
         return abs(x) if part == "abs" else np.maximum(x, 0.0)
 
-    total = float(quadrature.sums(size).mean()) or 1.0
+    total = float(quadrature.sums(size, zero=True).mean()) or 1.0
     low, high = quadrature.extremes()
     largest = max(size(np.array([low, high])).max(), 1e-300)
 
@@ -56,25 +56,25 @@ def with_error(
                 slopes[at] = -factor / values[at]
             return slopes
 
-        return spectral.with_data_error(
-            estimate, lambda x: factor * size(x) / total, of_the_largest
+        return spectral.with_shape_data_error(
+            estimate, quadrature, lambda x: factor * size(x) / total, of_the_largest
         )
     if alpha == 1:
-        shannon = float(quadrature.sums(lambda x: _x_log_x(size(x) / total)).mean())
+        shannon = float(quadrature.sums(lambda x: _x_log_x(size(x) / total), zero=True).mean())
 
         def phi(x: np.ndarray) -> np.ndarray:
             p = size(x) / total
             return -factor * (_x_log_x(p) - shannon * p)
 
-        return spectral.with_data_error(estimate, phi, none)
-    powers = float(quadrature.sums(lambda x: (size(x) / largest) ** alpha).mean()) or 1.0
+        return spectral.with_shape_data_error(estimate, quadrature, phi, none)
+    powers = float(quadrature.sums(lambda x: (size(x) / largest) ** alpha, zero=True).mean()) or 1.0
 
     def both(x: np.ndarray) -> np.ndarray:
         first = (size(x) / largest) ** alpha / powers
         result: np.ndarray = factor * (first - alpha * size(x) / total) / (1 - alpha)
         return result
 
-    return spectral.with_data_error(estimate, both, none)
+    return spectral.with_shape_data_error(estimate, quadrature, both, none)
 
 
 def _x_log_x(p: np.ndarray) -> np.ndarray:

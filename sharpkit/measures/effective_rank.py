@@ -11,12 +11,12 @@ from sharpkit.results import Estimate
     "effective_rank",
     symbol="exp H_1(|lambda|)",
     reference="Roy and Vetterli 2007, doi:10.5281/zenodo.40328",
-    cost="24 Lanczos steps and num_probes x num_steps HVPs (36), shared with the entropies",
+    cost="24 Lanczos steps and num_probes x num_steps HVPs (48), shared with the entropies",
     invariant_to={"permutation", "orthogonal"},
     degree=0,
     nonnegative=True,
 )
-def effective_rank(analysis: Analysis, *, num_probes: int = 6, num_steps: int = 6) -> Estimate:
+def effective_rank(analysis: Analysis, *, num_probes: int = 4, num_steps: int = 12) -> Estimate:
     r"""Effective rank of the Hessian, the exponential of the entropy of its spectrum.
 
     .. math:: \exp\Big(-\sum_i p_i \log p_i\Big), \qquad

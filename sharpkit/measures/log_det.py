@@ -18,7 +18,7 @@ from sharpkit.results import Estimate
     "log_det",
     symbol="log det(|H| + tau I)",
     reference="MacKay 1992, doi:10.1162/neco.1992.4.3.448",
-    cost="24 Lanczos steps and num_probes x num_steps HVPs (36), shared with the entropies",
+    cost="24 Lanczos steps and num_probes x num_steps HVPs (48), shared with the entropies",
     invariant_to={"permutation", "orthogonal"},
     degree=None,
     nonnegative=False,
@@ -28,8 +28,8 @@ def log_det(
     *,
     tau: float = 1.0,
     spectrum: Literal["abs", "signed"] = "abs",
-    num_probes: int = 6,
-    num_steps: int = 6,
+    num_probes: int = 4,
+    num_steps: int = 12,
 ) -> Estimate:
     r"""Logarithm of the determinant of the shifted Hessian, the volume of the minimum.
 
@@ -62,4 +62,4 @@ def log_det(
         result: np.ndarray = np.log1p(np.maximum(size / tau, -0.99))
         return result
 
-    return spectral.with_data_error(estimate, logarithms)
+    return spectral.with_shape_data_error(estimate, quadrature, logarithms)

@@ -13,12 +13,12 @@ from sharpkit.results import Estimate
     "negative_mass",
     symbol="sum |lambda_-| / sum |lambda|",
     reference="Ghorbani et al. 2019, arXiv:1901.10159",
-    cost="24 Lanczos steps and num_probes x num_steps HVPs (36), shared with the entropies",
+    cost="24 Lanczos steps and num_probes x num_steps HVPs (48), shared with the entropies",
     invariant_to={"permutation", "orthogonal"},
     degree=0,
     nonnegative=True,
 )
-def negative_mass(analysis: Analysis, *, num_probes: int = 6, num_steps: int = 6) -> Estimate:
+def negative_mass(analysis: Analysis, *, num_probes: int = 4, num_steps: int = 12) -> Estimate:
     r"""Negative share of the Hessian's curvature: 0 at a minimum, 1 at a maximum.
 
     .. math:: \sum_{\lambda_i<0} |\lambda_i| \Big/ \sum_i |\lambda_i|
@@ -38,10 +38,10 @@ def negative_mass(analysis: Analysis, *, num_probes: int = 6, num_steps: int = 6
     spectral = analysis.spectral()
     quadrature = spectral.quadrature(num_probes=num_probes, num_steps=num_steps)
     estimate = estimators.negative_mass(quadrature)
-    total = float(quadrature.sums(abs).mean()) or 1.0
+    total = float(quadrature.sums(abs, zero=True).mean()) or 1.0
 
     def linear(x: np.ndarray) -> np.ndarray:
         result: np.ndarray = (np.maximum(-x, 0.0) - estimate.value * abs(x)) / total
         return result
 
-    return spectral.with_data_error(estimate, linear)
+    return spectral.with_shape_data_error(estimate, quadrature, linear)

@@ -23,7 +23,7 @@ FAMILY = (0.5, 1.0, 1.5, 2.0, math.inf)
     "renyi_sharpness",
     symbol="-H_alpha(|lambda| / sum |lambda|)",
     reference="Zhang et al. 2025, arXiv:2510.07758",
-    cost="24 Lanczos steps and num_probes x num_steps HVPs (36), shared",
+    cost="24 Lanczos steps and num_probes x num_steps HVPs (48), shared",
     invariant_to={"permutation", "orthogonal"},
     degree=0,
     nonnegative=False,
@@ -33,8 +33,8 @@ def renyi_sharpness(
     *,
     alpha: float = 2.0,
     spectrum: Spectrum = "abs",
-    num_probes: int = 6,
-    num_steps: int = 6,
+    num_probes: int = 4,
+    num_steps: int = 12,
 ) -> Estimate:
     r"""Renyi sharpness of the whole network: minus the Renyi entropy of the spectrum, in nats.
 

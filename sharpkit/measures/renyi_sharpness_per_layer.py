@@ -17,7 +17,7 @@ from sharpkit.results import Estimate, Part
     "renyi_sharpness_per_layer",
     symbol="mean over layers of -H_alpha(H_ll)",
     reference="Zhang et al. 2025, arXiv:2510.07758",
-    cost="24 Lanczos steps and 36 HVPs of each layer's block",
+    cost="24 Lanczos steps and 48 HVPs of each layer's block",
     invariant_to={"permutation", "layer_scale"},
     degree=0,
     nonnegative=False,
@@ -27,8 +27,8 @@ def renyi_sharpness_per_layer(
     *,
     alpha: float = 2.0,
     spectrum: Spectrum = "abs",
-    num_probes: int = 6,
-    num_steps: int = 6,
+    num_probes: int = 4,
+    num_steps: int = 12,
 ) -> Estimate:
     r"""Renyi sharpness of each layer's weights, and their mean.
 
@@ -38,8 +38,9 @@ def renyi_sharpness_per_layer(
 
     for the Hessian's diagonal block of every tensor with two or more axes (biases and norms
     are left out, unless there is nothing else). Scaling a layer of a ReLU network scales its
-    block as a whole, which the entropy does not see. The paper reports layers one by one, with alpha chosen by the shape
-    of the spectrum; these are the parts here. The mean is ours, as one number is wanted.
+    block as a whole, which the entropy does not see. The paper reports layers one by one,
+    with alpha chosen by the shape of the spectrum; these are the parts here. The mean
+    is ours, as one number is wanted.
 
     Args:
         analysis: What is measured.

@@ -14,7 +14,7 @@ from sharpkit.objective import batches as trees
 from sharpkit.objective.evaluator import Evaluator
 from sharpkit.objective.products import Named
 
-__all__ = ["GroupForms", "grouped_forms"]
+__all__ = ["GroupForms", "group_error", "grouped_forms"]
 
 FEWEST = 4  # groups that can still say how much they differ
 
@@ -42,16 +42,31 @@ class GroupForms:
             The error from the data being a sample, and pseudo-values whose mean is the
             number; None with fewer than four groups.
         """
-        used = self.weights > 0
-        parts = torch.einsum("lgk,lk->g", self.forms, coefficients.to(self.forms))[used]
-        count = len(parts)
-        if count < FEWEST:
-            return None
-        total = parts.sum()
-        off = parts - self.weights[used] * total  # a group's mean less the mean of all
-        values = total + count * off
-        error = math.sqrt(count / (count - 1) * float(off.square().sum()))
-        return error, tuple(values.tolist())
+        parts = torch.einsum("lgk,lk->g", self.forms, coefficients.to(self.forms))
+        return group_error(parts, self.weights)
+
+
+def group_error(parts: Tensor, weights: Tensor) -> tuple[float, tuple[float, ...]] | None:
+    """Return the standard error of a sum of group contributions, and pseudo-values.
+
+    Args:
+        parts: What each group contributes, ``[G]``.
+        weights: Share of the loss terms in each group; those of zero are left out.
+
+    Returns:
+        The error from the data being a sample, and values whose mean is the sum; None with
+        fewer than four groups.
+    """
+    used = weights > 0
+    parts, weights = parts[used], weights[used]
+    count = len(parts)
+    if count < FEWEST:
+        return None
+    total = parts.sum()
+    off = parts - weights * total  # a group's contribution less its share of the sum
+    values = total + count * off
+    error = math.sqrt(count / (count - 1) * float(off.square().sum()))
+    return error, tuple(values.tolist())
 
 
 def grouped_forms(

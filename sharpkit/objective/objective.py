@@ -459,7 +459,7 @@ class Objective:
         lefts: Sequence[Tensor],
         *,
         matrix: Literal["hessian", "ggn"] = "hessian",
-        num_groups: int = 16,
+        num_groups: int = 8,
     ) -> GroupForms | None:
         r"""Return :math:`u^\top S_g v` of a matrix's part from each group of the data.
 
