@@ -36,7 +36,7 @@ from trained import CE, RECIPES, Case, load
 from truth import Truth, truth_of
 
 import sharpkit as sk
-from sharpkit.estimators import hutchinson_trace, lanczos, spectral_density
+from sharpkit.estimators import lanczos
 
 ACHIEVE = 1e-3  # relative error of every eigenvalue
 DRAWS = 8  # of XTrace and Hutch++ in the search for their products
@@ -63,22 +63,18 @@ class Found:
 
 
 def run_sharpkit_pass(objective: sk.Objective, seed: int) -> Found:
-    """Run the whole job: both ends, the trace, the density, the Renyi entropy.
-
-    To be replaced by one call of `sk.spectrum(objective, seed=seed)`.
-    """
-    matrix = sk.hessian(objective)
-    generator = torch.Generator().manual_seed(seed)
-    pairs = lanczos(matrix, k=5, tol=1e-3, generator=generator)
-    trace = hutchinson_trace(matrix, num_probes=64, generator=generator)
-    spectral_density(matrix, num_probes=4, num_steps=40, generator=generator)
+    """Run the whole job: both ends, the trace, the density, the Renyi entropy, and more."""
+    # The peers give no error from the data, so none is computed here either.
+    summary = sk.spectrum(objective, k=5, tol=1e-3, seed=seed, num_groups=0)
+    parts = {part.label: part.value for part in summary["top_eigenvalues"].parts}
+    trace = summary["hessian_trace"]
     return Found(
-        products=matrix.num_matvecs,
-        top=pairs.largest,
-        bottom=pairs.smallest,
+        products=summary.cost.hvps,
+        top=[parts[f"lambda_{i}"] for i in range(1, 6)],
+        bottom=[parts[f"lambda_-{i}"] for i in range(1, 6)],
         trace=trace.value,
         stated=trace.probe_error,
-        renyi=renyi(trace.value, trace.details["frobenius_norm"] ** 2),
+        renyi=renyi(trace.value, summary["frobenius_norm"].value ** 2),
     )
 
 

@@ -17,6 +17,7 @@ __all__ = ["ROUNDING", "Krylov", "tridiagonal", "unseen_share"]
 
 ROUNDING = 10  # products are wrong by a few eps of the matrix's norm, at least
 ONE_PASS = 0.1  # of a vector: what one pass may take away and leave the rest orthogonal
+CANCELLED = 1e-3  # of a product: when so little is left, it is orthogonalized once more
 KEPT_SHARE = 0.6  # of a full basis, what a restart keeps
 
 
@@ -168,7 +169,7 @@ class Krylov:
         self._next = None  # the same memory is the basis's now
         W = self.matrix @ X
         self._products += width
-        own = accurate_gram(X, W).cpu().numpy()
+        own, length = accurate_gram(X, W).cpu().numpy(), float(W.norm())
         own = (own + own.T) / 2
         # Take out what the recurrence knows first: the rest is rounding, for one pass.
         W = W - X @ torch.as_tensor(own, dtype=X.dtype, device=X.device)
@@ -196,7 +197,7 @@ class Krylov:
         kept[max(self.matrix.dim - self._taken(), 0) :] = False  # what is left is rounding
         if kept.any():
             self._next = X if kept.all() else X[:, torch.as_tensor(kept, device=X.device)]
-            if sizes[kept].min() < 1e-2 * self._scale:  # cancellation brought the old ones back
+            if sizes[kept].min() < CANCELLED * length:  # rounding brought old ones back
                 self._next = _polished(self._orthogonalize(self._next)[0])
         else:  # an invariant subspace: go on from new random vectors
             self._next = self._fresh()

@@ -57,7 +57,7 @@ def random_signs(matrix: Matrix, count: int, generator: torch.Generator) -> Tens
         torch.randint(2, (matrix.dim,), generator=generator, device=matrix.device)
         for _ in range(count)
     ]
-    return (2 * torch.stack(columns, dim=1) - 1).to(matrix.dtype)
+    return torch.stack([(2 * c - 1).to(matrix.dtype) for c in columns]).T
 
 
 def sphere_vector(matrix: Matrix, generator: torch.Generator) -> Tensor:

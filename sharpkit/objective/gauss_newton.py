@@ -228,7 +228,7 @@ def through(piece: Piece, theta: Named, V: Tensor, middle: Middle) -> Tensor:
             piece.outputs, like, grad_outputs=curved, retain_graph=True, allow_unused=True
         )
         result.append(products.flat(back, like, V.dtype))
-    return torch.stack(result, dim=1)
+    return torch.stack(result).T
 
 
 def loss_hessian(evaluator: Evaluator) -> Middle:

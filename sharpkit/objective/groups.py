@@ -16,6 +16,7 @@ from sharpkit.objective.products import Named
 
 __all__ = ["GroupForms", "group_error", "grouped_forms"]
 
+SLICE = 2**16  # entries summed in the vectors' own precision
 FEWEST = 4  # groups that can still say how much they differ
 
 
@@ -103,7 +104,7 @@ def grouped_forms(
             with torch.no_grad():
                 count = evaluator.loss(theta, piece)[1]
             SV = product(piece, V)
-            row = torch.stack([(U.double() * SV).sum(dim=0) for U in lefts])
+            row = torch.stack([_dots(U, SV) for U in lefts])
             rows.append((count, row.cpu()))
         return rows
 
@@ -114,5 +115,17 @@ def grouped_forms(
             forms[:, dealt % num_groups] += row
             dealt += 1
 
+    V = V.T.contiguous().T
+    lefts = [U.T.contiguous().T for U in lefts]
     evaluator.each(one, add, grad=True, theta=theta)
     return GroupForms(weights / evaluator.num_terms, forms)
+
+
+def _dots(U: Tensor, W: Tensor) -> Tensor:
+    # Sums of many products in pieces, so that they lose no digits and take no memory.
+    return torch.stack([_dot(u, w) for u, w in zip(U.unbind(1), W.unbind(1), strict=True)])
+
+
+def _dot(u: Tensor, w: Tensor) -> Tensor:
+    pieces = zip(torch.split(u, SLICE), torch.split(w, SLICE), strict=True)
+    return torch.stack([torch.dot(a, b).double() for a, b in pieces]).sum()

@@ -298,7 +298,7 @@ class HessianProducts:
             product, error = products.central_difference(self._gradient_at, start, v)
             self.error = max(self.error, error)
             result.append(product)
-        return torch.stack(result, dim=1)
+        return torch.stack(result).T
 
     def _gradient_at(self, point: Tensor) -> Tensor:
         (column,) = products.columns(point[:, None], self._leaves)

@@ -119,7 +119,7 @@ def double_backward(
             allow_unused=True,
         )
         products.append(flat(parts, like, V.dtype))
-    return torch.stack(products, dim=1)
+    return torch.stack(products).T  # columns are contiguous: what vectors are made of
 
 
 def forward_over_reverse(loss_of: LossOf, theta: Named, V: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def forward_over_reverse(loss_of: LossOf, theta: Named, V: Tensor) -> Tensor:
         tangent = dict(zip(primal, vector, strict=True))
         product = torch.func.jvp(gradient, (primal,), (tangent,))[1]
         products.append(flat(list(product.values()), like, V.dtype))
-    return torch.stack(products, dim=1)
+    return torch.stack(products).T  # columns are contiguous: what vectors are made of
 
 
 def central_difference(
