@@ -21,7 +21,7 @@ Which: TypeAlias = Literal["both", "largest", "smallest"]
 
 SMALL_SHARE = 0.05  # an eigenvalue below this share of the largest is "small"
 COARSEST = 0.01  # a larger relative residual cannot tell an eigenvalue from its neighbour
-DOUBTED = 6  # times the tolerance: what a doubt may add to an error that met it
+DOUBTED = 1.75  # times the tolerance: what a doubt may add to an error that met it
 STAGNATION_STEPS = 4
 SECOND_SHARE = 0.5  # of the first start's steps, what the second makes before it may say so
 FEWEST_STEPS = 8  # of a second start, before it may say that nothing was missed
@@ -422,7 +422,7 @@ class _Search:
                 i = -1 if end.sign > 0 else 0
                 growth, drift = abs(values[i] - half[i]), abs(values[i] - past[i])
                 gap = end.sign * (end.values[-1] - values[i])
-                enough = max(min(self._allowed(values)[i], end.errors[-1]), 2 * self.floor)
+                enough = max(min(self._allowed(values)[i] / 4, end.errors[-1]), self.floor)
                 settled = max(residuals[i], drift) <= enough
                 clear = m >= fewest and gap > growth + residuals[i]
                 finished &= bool(settled or clear)
@@ -431,15 +431,16 @@ class _Search:
         return True
 
     def _doubt(self, values: np.ndarray, residuals: np.ndarray, ends: list[_End]) -> None:
-        # A pair that meets the innermost one found: there may be a whole cluster, whose
-        # edge is farther off than the residuals of vectors that mix its members.
+        # What the second start found beside the innermost pair may lie a little beyond it.
+        # The sorted eigenvalues of A are those found and those of the rest, up to the
+        # residuals (Weyl): what the rest may reach beyond comes on top of these.
         for end in ends:
             i = -1 if end.sign > 0 else 0
-            gap = abs(end.values[-1] - values[i])
-            width = float(gap + 2 * (residuals[i] + end.errors[-1]))
-            if gap <= residuals[i] + end.errors[-1]:
+            beyond = end.sign * (values[i] - end.values[-1]) + 2 * residuals[i]
+            if beyond > -end.errors[-1]:
+                reach = float(max(beyond, 0.0))
                 end.errors = [
-                    max(e, width) if end.sign * (v - values[i]) <= width else e
+                    e + max(reach - end.sign * (v - end.values[-1]), 0.0)
                     for v, e in zip(end.values, end.errors, strict=True)
                 ]
                 met = np.array(end.errors) <= DOUBTED * self._allowed(np.array(end.values))
