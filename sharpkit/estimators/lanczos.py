@@ -21,6 +21,7 @@ Which: TypeAlias = Literal["both", "largest", "smallest"]
 
 SMALL_SHARE = 0.05  # an eigenvalue below this share of the largest is "small"
 COARSEST = 0.01  # a larger relative residual cannot tell an eigenvalue from its neighbour
+MARGIN = 0.85  # of the tolerance: where the first start stops, to leave room for a doubt
 DOUBTED = 1.75  # times the tolerance: what a doubt may add to an error that met it
 STAGNATION_STEPS = 4
 SECOND_SHARE = 0.5  # of the first start's steps, what the second makes before it may say so
@@ -315,7 +316,8 @@ class _Search:
             history.append(values)
             errors = [self._errors(s, values, residuals, history, at.exhausted) for s in self.signs]
             done = all(
-                len(e) == self.k and bool((e <= self._allowed(self._outer(s, values))).all())
+                len(e) == self.k
+                and bool((e <= MARGIN * self._allowed(self._outer(s, values))).all())
                 for s, e in zip(self.signs, errors, strict=True)
             )
             if at.exhausted or at.products >= self.settings.budget or done:
