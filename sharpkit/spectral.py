@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpkit.errors import SettingsError
 from sharpkit.estimators import (
     Eigenpairs,
     Krylov,
@@ -25,7 +26,9 @@ from sharpkit.estimators import (
     lock,
     random_signs,
 )
+from sharpkit.estimators.basis import column_dots
 from sharpkit.estimators.deflation import Probes, trace_of
+from sharpkit.estimators.protocol import block_size
 from sharpkit.objective.groups import group_error
 from sharpkit.operators import SymmetricOperator
 from sharpkit.results import Estimate
@@ -38,7 +41,6 @@ Function = Callable[[np.ndarray], np.ndarray]
 HEAD_STEPS = 24  # of the run that outliers are taken from; more of them find bulk only
 DATA_PROBES = 2  # they only have to show how much groups of the data differ
 MOST_DATA_VECTORS = 8
-BLOCK = 8  # columns of a pass over groups: memory
 
 
 class DataForms(Protocol):
@@ -89,20 +91,23 @@ class Spectral:
 
     # -- the Lanczos run -------------------------------------------------------------
 
+    @property
+    def _head_steps(self) -> int:
+        # With bounded memory, a third is for the outliers: they stay when the basis has gone.
+        return HEAD_STEPS if self.max_basis is None else min(HEAD_STEPS, self.max_basis // 3)
+
+    @property
+    def _room(self) -> int | None:
+        return None if self.max_basis is None else self.max_basis - self._head_steps
+
     def _run(self) -> Krylov:
         if self._krylov is None or self._krylov.restarts:
-            keep = (3, 3) if self.max_basis is None else (self.max_basis // 4,) * 2
-            self._krylov = Krylov(
-                self.operator,
-                self._generator("lanczos"),
-                max_basis=self.max_basis,
-                keep=keep,
-            )
+            self._krylov = Krylov(self.operator, self._generator("lanczos"), max_basis=self._room)
         return self._krylov
 
     def _head(self) -> tuple[Krylov, int]:
         krylov = self._run()
-        most = HEAD_STEPS if self.max_basis is None else min(HEAD_STEPS, self.max_basis)
+        most = self._head_steps
         while len(krylov.steps) < most and not (krylov.steps and krylov.steps[-1].exhausted):
             krylov.step()
         return krylov, min(len(krylov.steps), most)
@@ -142,16 +147,26 @@ class Spectral:
         tol: float,
         max_matvecs: int,
         block_size: int = 1,
-        max_basis: int | None = None,
     ) -> Eigenpairs:
-        """Return extreme eigenpairs; the same settings are computed once."""
+        """Return extreme eigenpairs; the same settings are computed once.
+
+        Raises:
+            SettingsError: If the basis is too small for so many pairs.
+        """
+        room = self._room
+        count = k * (2 if which == "both" else 1)
+        needed = min(count + 2 * block_size + 2, self.operator.dim)
+        if room is not None and room < needed:
+            raise SettingsError(
+                f"Expected `max_basis` of at least {needed + self._head_steps} for {count}"
+                f" eigenpairs. Got {self.max_basis}. Ask for fewer, or give more memory."
+            )
 
         def compute() -> Eigenpairs:
-            room = max_basis or self.max_basis
-            shared = block_size == 1 and max_basis is None
+            shared = block_size == 1
             if shared and room is not None:
                 _ = self.locked  # before a restart overwrites the run's first vectors
-            return lanczos(
+            pairs = lanczos(
                 self.operator,
                 k=k,
                 which=which,
@@ -162,10 +177,11 @@ class Spectral:
                 generator=self._generator("lanczos") if not shared else self._generator("second"),
                 krylov=self._run() if shared else None,
             )
+            if self._krylov is not None and self._krylov.restarts:
+                self._krylov.release()  # its first vectors have gone: it is of no more use
+            return pairs
 
-        return self._once(
-            ("eigenpairs", k, which, tol, max_matvecs, block_size, max_basis), compute
-        )
+        return self._once(("eigenpairs", k, which, tol, max_matvecs, block_size), compute)
 
     # -- probes ----------------------------------------------------------------------
 
@@ -229,11 +245,16 @@ class Spectral:
         if further is not None:
             slopes = slopes + further(values)
         line, curve = _fit(function, nodes, weights)
-        known, count = len(values), sum(f.forms.shape[2] for f in blocks) - len(values)
-        first = np.concatenate([slopes, np.full(count, line / max(count, 1))])
-        second = np.concatenate([np.zeros(known), np.full(count, 2 * curve / max(count, 1))])
-        coefficients = torch.as_tensor(np.stack([first, second]))
-        found = _combined(blocks, coefficients)
+        total, at = torch.zeros_like(blocks[0].weights), 0
+        for forms in blocks:
+            lefts, _, width = forms.forms.shape
+            if lefts == 1:
+                coefficients = slopes[None, at : at + width]
+                at += width
+            else:
+                coefficients = np.tile([[line / width], [2 * curve / width]], width)
+            total += torch.einsum("lgk,lk->g", forms.forms, torch.as_tensor(coefficients))
+        found = group_error(total, blocks[0].weights)
         if found is None:
             return estimate
         return replace(estimate, data_error=found[0], data_draws=_centred(found[1], estimate.value))
@@ -270,7 +291,7 @@ class Spectral:
         total: Tensor | None = None
         weights = None
         for forms, coefficients in [
-            *((f, slopes[None, i : i + BLOCK]) for i, f in known),
+            *((f, slopes[None, i : i + f.forms.shape[2]]) for i, f in known),
             *(
                 (f, quadrature.slopes(lambda x: _slope(function, x), i)[:, None] / count)
                 for i, f in enumerate(probes)
@@ -289,8 +310,9 @@ class Spectral:
         # Forms (q, q) of all known vectors, and of each probe (v_j, z) for its Lanczos vectors.
         assert self._forms is not None
         Q, known, probes = self.locked.vectors, [], []
-        for start in range(0, Q.shape[1], BLOCK):
-            columns = Q[:, start : start + BLOCK]
+        width = block_size(self.operator)
+        for start in range(0, Q.shape[1], width):
+            columns = Q[:, start : start + width]
             forms = self._forms(columns, [columns])
             if forms is None:
                 return None
@@ -343,41 +365,32 @@ class Spectral:
             return None
         locked = self.locked
         order = np.argsort(-abs(locked.values))[:MOST_DATA_VECTORS]
+        width = block_size(self.operator)
         generator = self._generator("probes")
-        nothing = self.operator.dim <= locked.size
         Z = random_signs(self.operator, DATA_PROBES, generator)
-        if nothing and len(order) == locked.size:
+        if self.operator.dim <= locked.size == len(order):
             Z = Z[:, :0]
         Q = locked.vectors[:, torch.as_tensor(order.copy(), device=locked.vectors.device)]
         Z = Z - Q @ (Q.T @ Z)  # the probes stand for all but the largest, known or not
         Y = self.operator @ Z if Z.shape[1] else Z
         Y = Y - Q @ (Q.T @ Y)
-        V = torch.cat([Q, Z], dim=1)
-        lefts = torch.cat([torch.zeros_like(V[:, : len(order)]), Y], dim=1)
         blocks = []
-        for start in range(0, V.shape[1], BLOCK):
-            part = slice(start, start + BLOCK)
-            forms = self._forms(V[:, part], [V[:, part], lefts[:, part]])
-            if forms is None:
-                return None
-            blocks.append(forms)
-        masses = Z.double().square().sum(dim=0)
+        for start in range(0, len(order), width):
+            columns = Q[:, start : start + width]
+            blocks.append(self._forms(columns, [columns]))
+        if Z.shape[1]:
+            blocks.append(self._forms(Z, [Z, Y]))
+        if None in blocks:
+            return None
+        masses, firsts, seconds = (column_dots(a, b).tolist() for a, b in ((Z, Z), (Z, Y), (Y, Y)))
         nodes, weights = [], []
-        for z, y, mass in zip(Z.unbind(1), Y.unbind(1), masses.tolist(), strict=True):
+        for mass, first, second in zip(masses, firsts, seconds, strict=True):
             # Two-point rules from first and second moments: where the rest of the spectrum lies.
-            mean = float(z.double() @ y.double()) / mass
-            spread = math.sqrt(max(float(y.double() @ y.double()) / mass - mean**2, 0.0))
+            mean = first / mass
+            spread = math.sqrt(max(second / mass - mean**2, 0.0))
             nodes += [mean - spread, mean, mean + spread]
             weights += [mass / 4, mass / 2, mass / 4]
         return blocks, locked.values[order], np.array(nodes), np.array(weights)
-
-
-def _combined(blocks: list[Any], coefficients: Tensor) -> tuple[float, tuple[float, ...]] | None:
-    # The forms of blocks of columns, put side by side again.
-    first = blocks[0]
-    whole = replace(first, forms=torch.cat([b.forms for b in blocks], dim=2))
-    found: tuple[float, tuple[float, ...]] | None = whole.error(coefficients)
-    return found
 
 
 def _centred(draws: tuple[float, ...], value: float) -> tuple[float, ...]:

@@ -13,7 +13,13 @@ from torch import Tensor
 from sharpkit.errors import SettingsError
 from sharpkit.estimators.basis import column_dots
 from sharpkit.estimators.krylov import Krylov, tridiagonal
-from sharpkit.estimators.protocol import Matrix, RunningMoments, check_positive, random_signs
+from sharpkit.estimators.protocol import (
+    Matrix,
+    RunningMoments,
+    block_size,
+    check_positive,
+    random_signs,
+)
 from sharpkit.results import Cost, Estimate, Part
 
 __all__ = [
@@ -28,7 +34,6 @@ __all__ = [
     "trace_of",
 ]
 
-BLOCK = 8  # probes applied together: batches are read once for all of them
 BASES = 2  # probes whose Lanczos vectors are handed out
 FEWEST_FOR_TARGET = 16  # a standard error from fewer samples stops too early too often
 FARTHEST = 1e6  # times the matrix: a node farther off has no weight left
@@ -64,7 +69,13 @@ class Locked:
 
     def project(self, V: Tensor) -> Tensor:
         """Return ``(I - Q Q^T) V``."""
-        return V - self.vectors @ (self.vectors.T @ V) if self.size else V
+        if not self.size:
+            return V
+        along = self.vectors.T @ V
+        if V.shape[1] == 1:
+            return torch.addmv(V[:, 0], self.vectors, along[:, 0], alpha=-1)[:, None]
+        rows = V.T.clone(memory_format=torch.contiguous_format)
+        return rows.addmm_(along.T, self.vectors.T, alpha=-1).T
 
 
 def lock(krylov: Krylov, steps: int) -> Locked:
@@ -145,14 +156,15 @@ class Probing:
     def until(self, num_probes: int) -> Probes:
         """Go on until there are so many probes."""
         while len(self.traces) < num_probes:
-            count = min(BLOCK, num_probes - len(self.traces))
+            count = min(block_size(self.matrix), num_probes - len(self.traces))
             Z = random_signs(self.matrix, count, self.generator)
             AZ = self.locked.project(self.matrix @ self.locked.project(Z))
-            entries = Z * AZ
-            self.entries.add(entries)
-            for name, parts in self.blocks.items():
-                column = sum(entries[part].double().sum(dim=0) for part in parts)
-                self.sums[name] += column.tolist()  # type: ignore[union-attr]
+            for z, Az in zip(Z.unbind(dim=1), AZ.unbind(dim=1), strict=True):
+                entries = z * Az
+                self.entries.add(entries[:, None])
+                for name, parts in self.blocks.items():
+                    total = sum(float(entries[part].sum(dtype=torch.float64)) for part in parts)
+                    self.sums[name].append(total)
             self.traces += column_dots(Z, AZ).tolist()
             self.squares += column_dots(AZ, AZ).tolist()
         # Var z.A'z = 2 sum_{i != j} A'_ij^2 = 2 sum_i Var(z_i (A'z)_i): the entries'
@@ -448,7 +460,7 @@ def deflated_quadrature(
     steps = min(num_steps, matrix.dim - locked.size)
     bases: list[Tensor] = []
     while len(masses) < num_probes:
-        Z = random_signs(matrix, min(BLOCK, num_probes - len(masses)), generator)
+        Z = random_signs(matrix, min(block_size(matrix), num_probes - len(masses)), generator)
         run = _lockstep(matrix, locked, Z, steps, 0 if bases else BASES)
         masses += run[0].tolist()
         alphas += run[1]

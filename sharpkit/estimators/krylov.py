@@ -54,6 +54,7 @@ class Krylov:
     Attributes:
         steps: What was known after each step since the last restart.
         restarts: How often the basis was full.
+        keep: As given; it may change as the run goes on.
     """
 
     def __init__(
@@ -72,7 +73,8 @@ class Krylov:
         self.basis = Basis(matrix, storage)
         self.steps: list[_Step] = []
         self.restarts = 0
-        self._block, self._keep, self._most = block, keep, max_basis
+        self.keep = keep
+        self._block, self._most = block, max_basis
         self._T = np.zeros((0, 0))
         self._couplings: list[np.ndarray] = []  # what each product had along locked vectors
         self._products = 0
@@ -213,7 +215,7 @@ class Krylov:
         # Thick restart: the outermost Ritz vectors stay, and with them what was learnt.
         assert self._most is not None
         values, S = np.linalg.eigh(self._T)
-        low, high = self._keep
+        low, high = self.keep
         room = max(int(KEPT_SHARE * self._most), low + high + 1)
         room = max(min(room, self._most - 2 * width, self.size - 1), 1)
         spare = max(room - low - high, 0)

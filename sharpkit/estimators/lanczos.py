@@ -259,6 +259,7 @@ class _Search:
     def run(self, krylov: Krylov | None, start: Tensor | None) -> Eigenpairs:
         own = krylov is None
         krylov = krylov or self._krylov(None, start, self.settings.max_basis)
+        krylov.keep = self.settings.keep
         head = len(krylov.steps)
         # What others did of the run counts as done here: the same steps, the same budget.
         self._before = self.matrix.num_matvecs - krylov.num_products

@@ -10,7 +10,19 @@ from torch import Tensor
 
 from sharpkit.errors import SettingsError
 
-__all__ = ["Matrix", "RunningMoments", "check_positive", "random_signs", "sphere_vector"]
+__all__ = [
+    "Matrix",
+    "RunningMoments",
+    "block_size",
+    "check_positive",
+    "random_signs",
+    "sphere_vector",
+]
+
+
+BLOCK = 8  # vectors multiplied together: batches are read once for all of them
+LARGE = 2**24  # entries of a vector from which on blocks are small
+LARGE_BLOCK = 2
 
 
 class Matrix(Protocol):
@@ -36,7 +48,8 @@ class RunningMoments:
 
     def add(self, columns: Tensor) -> None:
         """Take in the columns of a block ``[P, K]``."""
-        for column in columns.double().unbind(dim=1):
+        for entries in columns.unbind(dim=1):
+            column = entries.double()
             self.count += 1
             delta = column - self.mean
             self.mean += delta / self.count
@@ -48,16 +61,20 @@ class RunningMoments:
         return self._squares / (self.count - 1)
 
 
+def block_size(matrix: Matrix) -> int:
+    """Return how many vectors to multiply together: fewer where a few fill the memory."""
+    return BLOCK if matrix.dim <= LARGE else LARGE_BLOCK
+
+
 def random_signs(matrix: Matrix, count: int, generator: torch.Generator) -> Tensor:
     """Return ``[P, count]`` independent signs, probe after probe from the generator.
 
     Probe i is the same whatever ``count``, so a longer run continues a shorter one.
     """
-    columns = [
-        torch.randint(2, (matrix.dim,), generator=generator, device=matrix.device)
-        for _ in range(count)
-    ]
-    return torch.stack([(2 * c - 1).to(matrix.dtype) for c in columns]).T
+    signs = torch.empty(count, matrix.dim, dtype=matrix.dtype, device=matrix.device)
+    for row in signs:
+        row.copy_(torch.randint(2, row.shape, generator=generator, device=matrix.device))
+    return signs.mul_(2).sub_(1).T
 
 
 def sphere_vector(matrix: Matrix, generator: torch.Generator) -> Tensor:

@@ -107,9 +107,10 @@ def double_backward(
     outputs = [g for graph in graphs for g in graph.grads]
     if not outputs:  # the gradient does not depend on theta: a linear loss
         return torch.zeros_like(V)
-    products = []
+    products = V.new_empty(V.shape[1], V.shape[0])  # rows: each column in one piece
     vectors = columns(V, theta)
-    for k, vector in enumerate(vectors):
+    for k in range(len(vectors)):
+        vector, vectors[k] = vectors[k], []  # freed as soon as it is used
         weights = [vector[i] for graph in graphs for i in graph.index]
         parts = torch.autograd.grad(
             outputs,
@@ -118,8 +119,8 @@ def double_backward(
             retain_graph=keep or k + 1 < len(vectors),
             allow_unused=True,
         )
-        products.append(flat(parts, like, V.dtype))
-    return torch.stack(products).T  # columns are contiguous: what vectors are made of
+        products[k] = flat(parts, like, V.dtype)
+    return products.T
 
 
 def forward_over_reverse(loss_of: LossOf, theta: Named, V: Tensor) -> Tensor:
