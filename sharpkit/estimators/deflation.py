@@ -462,7 +462,7 @@ def deflated_quadrature(
     while len(masses) < num_probes:
         Z = random_signs(matrix, min(block_size(matrix), num_probes - len(masses)), generator)
         run = _lockstep(matrix, locked, Z, steps, 0 if bases else BASES)
-        masses += run[0].tolist()
+        masses += run[0]
         alphas += run[1]
         betas += run[2]
         bases = bases or run[3]
@@ -474,55 +474,63 @@ def deflated_quadrature(
 
 def _lockstep(
     matrix: Matrix, locked: Locked, Z: Tensor, steps: int, num_bases: int
-) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray], list[Tensor]]:
+) -> tuple[list[float], list[np.ndarray], list[np.ndarray], list[Tensor]]:
     # Independent Lanczos runs, one a column, a product of the whole block at a time.
     V = locked.project(locked.project(Z))
-    masses = V.double().square().sum(dim=0)
-    count = Z.shape[1]
-    alphas: list[list[float]] = [[] for _ in range(count)]
-    betas: list[list[float]] = [[] for _ in range(count)]
-    if steps > 0:
-        V = V / masses.sqrt().to(V.dtype)
-    orthogonal = steps * Z.numel() * Z.element_size() <= REORTHOGONALIZE
-    past: list[Tensor] = []
-    bases: list[list[Tensor]] = [[] for _ in range(num_bases if orthogonal and steps else 0)]
-    alive = list(range(count)) if steps > 0 else []
-    eps = torch.finfo(matrix.dtype).eps
+    masses = column_dots(V, V).tolist() if steps > 0 else [0.0] * Z.shape[1]
+    fits = steps * Z.numel() * Z.element_size() <= REORTHOGONALIZE
+    runs = [
+        _Run(v / math.sqrt(mass), steps if fits else 2)
+        for v, mass in zip(V.unbind(dim=1), masses, strict=True)
+        if mass > 0
+    ]
+    del V
     scale = float(abs(locked.values).max()) if locked.size else 0.0
-    previous, beta = torch.zeros_like(V), torch.zeros(count, dtype=V.dtype, device=V.device)
+    smallest = 10 * torch.finfo(matrix.dtype).eps
     for _ in range(steps):
+        alive = [run for run in runs if run.next is not None]
         if not alive:
             break
-        W = locked.project(matrix @ V[:, alive])
-        now = V[:, alive]
-        for i, column in zip(alive, now.unbind(dim=1), strict=True):
-            if i < len(bases):
-                bases[i].append(column)
-        alpha = (now.double() * W).sum(dim=0)
-        W = W - now * alpha.to(W.dtype) - previous * beta
-        past = [*past, now] if orthogonal else [now]
-        for old in past:
-            W = W - old * (old * W).sum(dim=0)
-        W = locked.project(W)
-        length = W.double().square().sum(dim=0).sqrt()
-        scale = max(scale, float((alpha.abs() + length).max()))
-        keep = []
-        for i, (probe_index, a, b) in enumerate(
-            zip(alive, alpha.tolist(), length.tolist(), strict=True)
-        ):
-            alphas[probe_index].append(a)
-            if b > 10 * eps * scale:
-                betas[probe_index].append(b)
-                keep.append(i)
-        alive = [alive[i] for i in keep]
-        beta = length[keep].to(W.dtype)
-        previous = now[:, keep]
-        past = [old[:, keep] for old in past]
-        V = torch.zeros_like(V)
-        V[:, alive] = W[:, keep] / beta
+        W = locked.project(matrix @ torch.stack([run.take() for run in alive]).T)
+        for run, w in zip(alive, W.unbind(dim=1), strict=True):
+            scale = run.step(w, locked, smallest, scale)
+    nothing = np.zeros(1)
     return (
-        masses.cpu().numpy() if steps > 0 else np.zeros(count),
-        [np.array(a) if a else np.zeros(1) for a in alphas],
-        [np.array(b) for b in betas],
-        [torch.stack(basis) for basis in bases if basis],
+        masses,
+        [np.array(run.alphas) for run in runs] or [nothing] * len(masses),
+        [np.array(run.betas) for run in runs] or [nothing[:0]] * len(masses),
+        [run.basis[: len(run.alphas)] for run in runs[: num_bases if fits else 0]],
     )
+
+
+class _Run:
+    # One Lanczos run; with a basis of two rows only, it stays orthogonal to those.
+    def __init__(self, start: Tensor, rows: int):
+        self.alphas: list[float] = []
+        self.betas: list[float] = []
+        self.basis = start.new_empty(rows, len(start))
+        self.next: Tensor | None = start
+
+    def take(self) -> Tensor:
+        assert self.next is not None
+        at = len(self.alphas)
+        if at >= len(self.basis):  # forget the oldest: the recurrence needs the last two
+            self.basis[:-1] = self.basis[1:].clone()
+            at = len(self.basis) - 1
+        self.basis[at] = self.next
+        return self.basis[at]
+
+    def step(self, w: Tensor, locked: Locked, smallest: float, scale: float) -> float:
+        V = self.basis[: min(len(self.alphas) + 1, len(self.basis))]
+        alpha = float(column_dots(V[-1:].T, w[:, None]))
+        w = torch.addmv(w, V.T, V.mv(w), alpha=-1)
+        w = torch.addmv(w, V.T, V.mv(w), alpha=-1)  # what the first time left by rounding
+        w = locked.project(w[:, None])[:, 0]
+        beta = math.sqrt(float(column_dots(w[:, None], w[:, None])))
+        scale = max(scale, abs(alpha) + beta)
+        self.alphas.append(alpha)
+        self.next = None
+        if beta > smallest * scale:
+            self.betas.append(beta)
+            self.next = w / beta
+        return scale
