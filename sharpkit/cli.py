@@ -134,6 +134,15 @@ def score(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    parts: Annotated[
+        bool, typer.Option("--parts", help="Show parts too: layers, further eigenvalues.")
+    ] = False,
+    groups: Annotated[
+        int, typer.Option(help="Groups of the data for the data's error; 0: none.")
+    ] = 8,
+    max_basis: Annotated[
+        int | None, typer.Option(help="Most Krylov vectors to hold; default what fits.")
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     params: ParamsOption = None,
@@ -150,7 +159,7 @@ def score(
     def on_result(result: CheckpointScores) -> None:
         finished.append(result)
         if not as_json:
-            _print_result(out, result)
+            _print_result(out, result, parts)
 
     status = OK
     try:
@@ -178,6 +187,8 @@ def score(
                 device=_device(device),
                 params=params or None,
                 trust_pickle=trust_pickle,
+                max_basis=max_basis,
+                num_groups=groups,
                 progress=progress,
                 on_result=next_file,
             )
@@ -211,7 +222,7 @@ def _progress() -> Progress:
     )
 
 
-def _print_result(out: Console, result: CheckpointScores) -> None:
+def _print_result(out: Console, result: CheckpointScores, parts: bool) -> None:
     title = str(result.checkpoint)
     if result.error:
         out.print(Text(f"{title}: {result.error}", style="red"))
@@ -227,11 +238,17 @@ def _print_result(out: Console, result: CheckpointScores) -> None:
     table.add_column("measure", overflow="fold")
     table.add_column("value", overflow="fold")
     table.add_column("error")
+    table.add_column("data ±", justify="right")
     table.add_column("HVP", justify="right")
     table.add_column("grad", justify="right")
     table.add_column("sec", justify="right")
     for item in result.scores:
         table.add_row(*_row(item))
+        for part in item.estimate.parts if parts and item.estimate else ():
+            kind = item.estimate.error_kind if item.estimate else "stderr"
+            shown = format_value(part.value, part.probe_error, kind)
+            mark = "" if part.converged else " (!)"
+            table.add_row(Text(f"  {part.label}", style="dim"), Text(shown + mark))
     out.print(table)
     if result.scores:
         origin = result.scores[0].provenance
@@ -259,13 +276,14 @@ def _row(item: Score) -> list[Text]:
     }
     name = item.measure + "".join(f" {k}={v}" for k, v in settings.items())
     if e is None:
-        return [Text(name), Text("failed", style="red"), *[Text("")] * 4]
+        return [Text(name), Text("failed", style="red"), *[Text("")] * 5]
     kind = {"stderr": "1 se", "bound": "bound", "rounding": "rounding"}
     shown = format_value(e.value, e.probe_error, e.error_kind)
     return [
         Text(name),
         Text(shown if e.converged else f"{shown} (!)", style="" if e.converged else "yellow"),
         Text(kind.get(e.error_kind, "room")),
+        Text("" if e.data_error is None else f"{e.data_error:.2g}"),
         Text(str(e.cost.hvps)),
         Text(str(e.cost.gradients)),
         Text(f"{e.cost.seconds:.1f}"),

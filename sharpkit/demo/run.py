@@ -18,11 +18,10 @@ from sharpkit import plots
 from sharpkit.demo import recipe as demo_recipe
 from sharpkit.demo.zoo import digits, specs, train
 from sharpkit.errors import SharpkitError
-from sharpkit.estimators import spectral_density
 from sharpkit.landscape import filter_normalized, quadratic_model, slice_1d
 from sharpkit.measures import names
 from sharpkit.objective import Objective
-from sharpkit.operators import hessian
+from sharpkit.overview import spectrum as measure_spectrum
 from sharpkit.results import format_value
 from sharpkit.scoring import MeasureRequest
 from sharpkit.study.correlation import correlate
@@ -38,10 +37,16 @@ Progress = Callable[[str, int, int], None]
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "top_eigenvalues": {"k": 1, "which": "largest"},
-    "hessian_trace": {"num_probes": 24},
     "adam_sharpness": {"num_probes": 24},
     "adaptive_sharpness_average": {"num_pairs": 60},
 }
+LEFT_OUT = {"renyi_sharpness_per_layer"}  # as dear as all others together
+
+
+def _measures() -> list[str]:
+    return [name for name in names() if name not in LEFT_OUT]
+
+
 SLICE_POINTS = 41
 
 
@@ -102,7 +107,7 @@ def _run(folder: Path, quick: bool, seed: int, progress: Progress) -> DemoReport
     files.append(folder / "scores.csv")
     frame.to_csv(files[-1], index=False)
     good = frame[frame["reached_target"]]
-    taus = correlate(good, names(), gap="gap", group="family", seed=seed)
+    taus = correlate(good, _measures(), gap="gap", group="family", seed=seed)
     files.append(folder / "correlation.csv")
     taus.to_csv(files[-1], index=False)
     progress("figures", 0, 3)
@@ -135,7 +140,7 @@ def _train(folder: Path, quick: bool, progress: Progress) -> list[Path]:
 def _score(
     checkpoints: list[Path], recipe_path: Path, seed: int, progress: Progress
 ) -> list[CheckpointScores]:
-    requests: list[MeasureRequest] = [(name, SETTINGS.get(name, {})) for name in names()]
+    requests: list[MeasureRequest] = [(name, SETTINGS.get(name, {})) for name in _measures()]
     count = 0
 
     def announce(path: Path, name: str) -> None:
@@ -144,7 +149,7 @@ def _score(
         count += 1
 
     return score_checkpoints(
-        checkpoints, load_recipe(recipe_path), requests, seed=seed, progress=announce
+        checkpoints, load_recipe(recipe_path), requests, seed=seed, num_groups=0, progress=announce
     )
 
 
@@ -263,11 +268,14 @@ def _gap_figure(folder: Path, frame: pd.DataFrame, taus: pd.DataFrame) -> Path:
 
 
 def _spectrum_figure(folder: Path, objective: Objective, name: str, seed: int) -> list[Path]:
-    generator = torch.Generator().manual_seed(seed)
-    spectrum = spectral_density(hessian(objective), num_probes=4, num_steps=40, generator=generator)
+    summary = measure_spectrum(objective, k=1, num_steps=40, seed=seed, num_groups=0)
+    spectrum = summary.density
     data = folder / "spectrum.json"
     data.write_text(json.dumps({"checkpoint": name, "seed": seed, **spectrum.to_dict()}))
-    title = f"{name}\nP = {spectrum.dim}, 4 probes x 40 Lanczos steps, seed {seed}"
+    title = (
+        f"{name}\nP = {spectrum.dim}, {len(spectrum.known)} outliers exact,"
+        f" 4 probes x 40 Lanczos steps, seed {seed}"
+    )
     axes = plots.plot_spectrum(spectrum, title=title)
     return [plots.save_figure(axes, folder / "spectrum.png"), data]
 

@@ -60,6 +60,8 @@ def score_checkpoints(
     device: str | None = None,
     params: Selection | None = None,
     trust_pickle: bool = False,
+    max_basis: int | None = None,
+    num_groups: int = 8,
     progress: Callable[[Path, str], None] | None = None,
     on_result: Callable[[CheckpointScores], None] | None = None,
 ) -> list[CheckpointScores]:
@@ -74,6 +76,8 @@ def score_checkpoints(
         device: Where to evaluate.
         params: Which parameters.
         trust_pickle: Allow checkpoints that run code when loaded.
+        max_basis: Most Krylov vectors to hold; None: what a quarter of the memory holds.
+        num_groups: Groups of the data for the error from the data; 0: none.
         progress: Called with the checkpoint and the measure before each measure.
         on_result: Called after each checkpoint. On an interrupt it gets what was finished
             of the present one, and the interrupt goes on.
@@ -106,6 +110,8 @@ def score_checkpoints(
                 objective,
                 requests,
                 seed=seed,
+                max_basis=max_basis,
+                num_groups=num_groups,
                 provenance={**origin, "recipe": str(recipe.path)},
                 progress=announce,
                 on_score=done.append,
