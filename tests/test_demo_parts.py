@@ -201,3 +201,18 @@ def test_scatter_holds_the_points(tmp_path):
 def test_saved_results_say_what_they_are():
     e = sk.Estimate(float("nan"), float("inf"), "bound")
     assert sk.Scores((sk.Score("m", e, {}, 0),)).to_json().count("null") >= 1
+
+
+def test_log_axis_and_cumulative_plot_show_what_the_spectrum_holds():
+    spectrum = sk.Spectrum(((-1e-3, 1e-5, 2.0),) * 2, ((0.05, 0.94, 0.01),) * 2, 100, known=(2.0,))
+    axes = plots.plot_spectrum(spectrum, x_scale="log")
+    labels = [t.get_text() for t in axes.get_xticklabels()]
+    assert "0" in labels
+    assert any("-10^" in label for label in labels)
+    x, density = axes.lines[0].get_data()
+    assert 1 <= np.trapezoid(density, x) <= 1.11  # peaks keep their area, beside the floor
+    shares = plots.plot_cumulative(spectrum)
+    grid, positive = shares.lines[0].get_data()
+    assert positive[0] == pytest.approx(0.95)
+    assert positive[np.searchsorted(grid, 1.0)] == pytest.approx(0.01)
+    assert shares.lines[1].get_ydata()[0] == pytest.approx(0.05)

@@ -273,8 +273,8 @@ def _spectrum_figure(folder: Path, objective: Objective, name: str, seed: int) -
     data = folder / "spectrum.json"
     data.write_text(json.dumps({"checkpoint": name, "seed": seed, **spectrum.to_dict()}))
     title = (
-        f"{name}\nP = {spectrum.dim}, {len(spectrum.known)} outliers exact,"
-        f" 4 probes x 40 Lanczos steps, seed {seed}"
+        f"{name}, P = {spectrum.dim}\n{len(spectrum.known)} outliers exact, the rest by 4 probes"
+        f" x 40 steps, seed {seed}"
     )
     axes = plots.plot_spectrum(spectrum, title=title)
     return [plots.save_figure(axes, folder / "spectrum.png"), data]

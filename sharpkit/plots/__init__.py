@@ -3,12 +3,14 @@
 from sharpkit.plots.curve import plot_slice
 from sharpkit.plots.figure import new_axes, save_figure, tidy
 from sharpkit.plots.scatter import plot_against_gap
-from sharpkit.plots.spectrum import density_on, plot_spectrum
+from sharpkit.plots.spectrum import density_on, plot_cumulative, plot_spectrum
 
 __all__ = [
     "density_on",
     "new_axes",
     "plot_against_gap",
+    "plot_cumulative",
+    "plot_cumulative",
     "plot_slice",
     "plot_spectrum",
     "save_figure",
