@@ -20,6 +20,7 @@ from sharpkit.objective.gauss_newton import (
     through,
     verify_outputs,
 )
+from sharpkit.objective.ggn_diagonal import ggn_diagonal
 from sharpkit.objective.groups import GroupForms, grouped_forms
 from sharpkit.objective.hessian import HessianProducts
 from sharpkit.objective.products import Named
@@ -42,6 +43,7 @@ class MatrixProducts:
     _hessian: HessianProducts
     _through: OutputProducts
     _shared: Spent
+    _memory_budget: int
 
     @torch.inference_mode(False)
     def hvp(self, vectors: Tensor) -> Tensor:
@@ -72,6 +74,35 @@ class MatrixProducts:
         self._shared.hvps += V.shape[1]
         total = self._through(V, loss_hessian(self._evaluator))
         return total if vectors.ndim == 2 else total[:, 0]
+
+    @torch.inference_mode(False)
+    def ggn_diagonal(self) -> Tensor:
+        r"""Return the exact diagonal ``[P]`` of the generalised Gauss-Newton matrix.
+
+        .. math:: G_{ii} = \frac1N \sum_n \sum_k w_{nk} (J_n^\top c_{nk})_i^2, \qquad
+            \nabla^2_f \ell_n = \sum_k w_{nk} c_{nk} c_{nk}^\top
+
+        Costs as many gradients of the data as an example has outputs that a loss term
+        depends on (classes, times positions of a sequence), and no memory of that size.
+        Examples and columns are taken together by torch.func where that gives the same, in
+        float64 on a few examples, as one backward pass for each, and one by one elsewhere.
+
+        Raises:
+            ObjectiveError: As for :meth:`ggnvp`; for criteria other than CrossEntropyLoss,
+                MSELoss and BCEWithLogitsLoss with more than 2048 outputs an example.
+
+        Example:
+            >>> from sharpkit import Objective
+            >>> x, y = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 1)
+            >>> Objective(torch.nn.Linear(2, 1), torch.nn.MSELoss(), (x, y)).ggn_diagonal()
+            tensor([2., 8., 2.])
+        """
+        self._need_outputs("the GGN")
+        diagonal, gradients = ggn_diagonal(
+            self._evaluator, self._leaves, self._through, self.space.dtype, self._memory_budget
+        )
+        self._shared.gradients += gradients
+        return diagonal
 
     @torch.inference_mode(False)
     def fisher_vp(self, vectors: Tensor) -> Tensor:
