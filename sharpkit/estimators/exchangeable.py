@@ -263,7 +263,6 @@ class SketchedDiagonal(Diagonal):
         Raises:
             ShapeError: If a mask has another length, or a number is out of range.
         """
-        assert self._sketch is not None
         dim = len(self.values)
         if index.dtype == torch.bool:
             fits = index.shape == (dim,)
@@ -280,6 +279,11 @@ class SketchedDiagonal(Diagonal):
         index = index.to(self.values.device)
         weights = torch.zeros(dim, dtype=torch.float64, device=self.values.device)
         weights.index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
+        return self.weighted(weights)
+
+    def weighted(self, weights: Tensor) -> Estimate:
+        """Return the sum of the entries times weights ``[P]``, with its own error."""
+        assert self._sketch is not None
         return _estimate(self._sketch, weights, sphere=False, cost=Cost())
 
 
