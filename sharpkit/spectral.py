@@ -232,7 +232,7 @@ class Spectral:
         known, count = len(values), sum(f.forms.shape[2] for f in blocks) - len(values)
         first = np.concatenate([slopes, np.full(count, line / max(count, 1))])
         second = np.concatenate([np.zeros(known), np.full(count, 2 * curve / max(count, 1))])
-        coefficients = torch.as_tensor(np.stack([first, second]))
+        coefficients = torch.as_tensor(np.stack([first, second]), device="cpu")
         found = _combined(blocks, coefficients)
         if found is None:
             return estimate
@@ -276,7 +276,9 @@ class Spectral:
                 for i, f in enumerate(probes)
             ),
         ]:
-            part = torch.einsum("lgk,lk->g", forms.forms, torch.as_tensor(coefficients))
+            part = torch.einsum(
+                "lgk,lk->g", forms.forms, torch.as_tensor(coefficients, device="cpu")
+            )
             total, weights = part if total is None else total + part, forms.weights
         if total is None or weights is None:
             return estimate
@@ -306,7 +308,7 @@ class Spectral:
             return estimate
         V = vector[:, None]
         forms = self._forms(V, [V])
-        found = None if forms is None else forms.error(torch.ones(1, 1))
+        found = None if forms is None else forms.error(torch.ones(1, 1, device="cpu"))
         if found is None:
             return estimate
         return replace(estimate, data_error=found[0], data_draws=_centred(found[1], estimate.value))
@@ -326,7 +328,9 @@ class Spectral:
 
         forms = self._once(("plain data",), compute)
         found = (
-            None if forms is None else forms.error(torch.full((1, DATA_PROBES), 1 / DATA_PROBES))
+            None
+            if forms is None
+            else forms.error(torch.full((1, DATA_PROBES), 1 / DATA_PROBES, device="cpu"))
         )
         if found is None:
             return estimate

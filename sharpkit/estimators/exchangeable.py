@@ -61,7 +61,7 @@ class _Sketch:
         squares = omega.double().square().sum(dim=0).cpu()
         if weights is None:
             forms, C, E = _pairwise(omega, Y), inner(omega, Z), W
-            F, G = H, torch.eye(len(H), dtype=torch.float64)
+            F, G = H, torch.eye(len(H), dtype=H.dtype, device=H.device)
         else:
             forms = _pairwise(omega, Y, weights)
             C, E = inner(omega, Z, weights), inner(omega, Q, weights)
@@ -122,7 +122,7 @@ class _Small:
 
     def estimates(self, *, sphere: bool = False) -> Tensor:
         """Return the k leave-one-out estimates."""
-        rows = torch.arange(self.lost.shape[1])
+        rows = torch.arange(self.lost.shape[1], device=self.lost.device)
         return self.without(rows, self.lost.T[:, :, None], sphere=sphere)
 
     def covariance(self, values: Tensor, *, sphere: bool = False) -> float:
@@ -131,8 +131,8 @@ class _Small:
         steps = []  # X_i minus X_i with j left out as well
         size = max(PAIRS // k, 1)
         for start in range(0, k, size):
-            rows = torch.arange(start, min(start + size, k))
-            i, j = rows.repeat_interleave(k), torch.arange(k).repeat(len(rows))
+            rows = torch.arange(start, min(start + size, k), device=S.device)
+            i, j = rows.repeat_interleave(k), torch.arange(k, device=S.device).repeat(len(rows))
             first, second = S[i], S[j]
             second = second - first * (first * second).sum(dim=1, keepdim=True)
             second = torch.nn.functional.normalize(second, dim=1)

@@ -146,8 +146,8 @@ def _extrapolate(h: Tensor, se: Tensor, generator: torch.Generator) -> list[floa
             noise = torch.randn(h.shape, generator=generator, dtype=h.dtype, device=h.device)
             draws.append(_root_sum(h + level**0.5 * se * noise))
         sums.append(sum(draws) / len(draws))
-    y = torch.tensor(sums, dtype=torch.float64)[:, None]
-    s = (1 + torch.tensor(NOISE_LEVELS, dtype=torch.float64)).sqrt()
+    y = torch.tensor(sums, dtype=torch.float64, device="cpu")[:, None]
+    s = (1 + torch.tensor(NOISE_LEVELS, dtype=torch.float64, device="cpu")).sqrt()
     one = torch.ones_like(s)
     designs = [torch.stack([one, s**2, s**0.5], dim=1), torch.stack([one, s**0.5], dim=1)]
     return [float(torch.linalg.lstsq(X, y).solution[0]) for X in designs]
