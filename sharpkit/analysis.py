@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sharpkit.errors import MeasureError, SettingsError
-from sharpkit.estimators import Diagonal, Eigenpairs, Which, exact_diagonal, hutchinson_diagonal
+from sharpkit.estimators import (
+    Diagonal,
+    Eigenpairs,
+    SketchedDiagonal,
+    Which,
+    exact_diagonal,
+    hutchinson_diagonal,
+    xdiag,
+)
 from sharpkit.objective import Objective
 from sharpkit.objective.groups import GroupForms
 from sharpkit.objective.memory import available_memory
@@ -20,10 +28,11 @@ from sharpkit.operators import SymmetricOperator, ggn, hessian
 from sharpkit.parameters import group_slices
 from sharpkit.spectral import Spectral
 
-__all__ = ["Analysis"]
+__all__ = ["Analysis", "DiagonalMethod"]
 
 T = TypeVar("T")
 Matrix: TypeAlias = Literal["hessian", "ggn"]
+DiagonalMethod: TypeAlias = Literal["auto", "exact", "hutchinson", "xdiag", "ggn"]
 
 FEWEST_BASIS = 8
 FEWEST_GROUPS = 4
@@ -169,17 +178,50 @@ class Analysis:
 
         return self._once(("layers",), compute)
 
-    def diagonal(self, *, method: str, num_probes: int) -> Diagonal:
-        """Return the Hessian's diagonal; ``"auto"`` is exact if that takes no more probes."""
-        exact = method == "exact" or (method == "auto" and self.objective.space.dim <= num_probes)
-        if exact:
+    def diagonal(self, *, method: DiagonalMethod, num_probes: int) -> Diagonal:
+        """Return the Hessian's diagonal, or with ``"ggn"`` that of the GGN.
+
+        Args:
+            method: ``"exact"`` (P products), ``"hutchinson"``, ``"xdiag"`` (far smaller errors
+                where eigenvalues decay; keeps twice as many vectors as products), ``"ggn"``
+                (the GGN's, exactly), or ``"auto"``: exact if that takes no more than
+                ``num_probes`` products, else Hutchinson's. So is ``"xdiag"`` exact then.
+            num_probes: Budget of products of the estimates.
+
+        Raises:
+            MeasureError: If the vectors of ``"xdiag"`` do not fit in a quarter of the memory.
+        """
+        if method == "ggn":
+            return self._once(("diagonal", "ggn"), self._ggn_diagonal)
+        few = self.objective.space.dim <= num_probes
+        if method == "exact" or (few and method in ("auto", "xdiag")):
             return self._once(("diagonal",), lambda: exact_diagonal(self.hessian))
+        if method == "xdiag":
+            return self._once(("diagonal", "xdiag", num_probes), lambda: self._xdiag(num_probes))
         return self._once(
             ("diagonal", num_probes),
             lambda: hutchinson_diagonal(
                 self.hessian, num_probes=num_probes, generator=self.generator("diagonal")
             ),
         )
+
+    def _ggn_diagonal(self) -> Diagonal:
+        before = self.objective.cost.gradients
+        values = self.objective.ggn_diagonal()
+        spent = self.objective.cost.gradients - before
+        return Diagonal(values, torch.zeros_like(values), 0, num_gradients=spent)
+
+    def _xdiag(self, num_probes: int) -> SketchedDiagonal:
+        space, count = self.objective.space, num_probes - num_probes % 2
+        needed = 2 * count * space.dim * space.dtype.itemsize
+        room = available_memory(space.device) // BASIS_SHARE
+        if needed > room:
+            raise MeasureError(
+                f"Expected memory for the {2 * count} vectors of P that method='xdiag' keeps:"
+                f" {needed / 1e9:.3g} GB, at most a quarter of what is free. That is"
+                f" {room / 1e9:.3g} GB. Give fewer `num_probes`, or take method='hutchinson'."
+            )
+        return xdiag(self.hessian, num_matvecs=count, generator=self.generator("diagonal"))
 
     def by_layer(self, vector: Tensor) -> dict[str, Tensor]:
         """Return the entries of a vector ``[P]`` that belong to each layer."""

@@ -253,7 +253,9 @@ class Spectral:
                 at += width
             else:
                 coefficients = np.tile([[line / width], [2 * curve / width]], width)
-            total += torch.einsum("lgk,lk->g", forms.forms, torch.as_tensor(coefficients))
+            total += torch.einsum(
+                "lgk,lk->g", forms.forms, torch.as_tensor(coefficients, device="cpu")
+            )
         found = group_error(total, blocks[0].weights)
         if found is None:
             return estimate
@@ -297,7 +299,9 @@ class Spectral:
                 for i, f in enumerate(probes)
             ),
         ]:
-            part = torch.einsum("lgk,lk->g", forms.forms, torch.as_tensor(coefficients))
+            part = torch.einsum(
+                "lgk,lk->g", forms.forms, torch.as_tensor(coefficients, device="cpu")
+            )
             total, weights = part if total is None else total + part, forms.weights
         if total is None or weights is None:
             return estimate
@@ -328,7 +332,7 @@ class Spectral:
             return estimate
         V = vector[:, None]
         forms = self._forms(V, [V])
-        found = None if forms is None else forms.error(torch.ones(1, 1))
+        found = None if forms is None else forms.error(torch.ones(1, 1, device="cpu"))
         if found is None:
             return estimate
         return replace(estimate, data_error=found[0], data_draws=_centred(found[1], estimate.value))
@@ -348,7 +352,9 @@ class Spectral:
 
         forms = self._once(("plain data",), compute)
         found = (
-            None if forms is None else forms.error(torch.full((1, DATA_PROBES), 1 / DATA_PROBES))
+            None
+            if forms is None
+            else forms.error(torch.full((1, DATA_PROBES), 1 / DATA_PROBES, device="cpu"))
         )
         if found is None:
             return estimate

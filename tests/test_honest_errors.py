@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import sharpkit as sk
-from sharpkit.estimators import hutchinson_diagonal
-from sharpkit.measures.adam_sharpness import _bound, _root_sum
+from sharpkit.estimators import hutchinson_diagonal, xdiag
+from sharpkit.measures.adam_sharpness import _bound, _root_sum, _slopes
 from sharpkit.operators import SymmetricOperator
 
 
@@ -145,6 +145,22 @@ def test_the_bias_bound_of_adams_sharpness_holds(name, num_probes):
         g = torch.Generator().manual_seed(seed)
         d = hutchinson_diagonal(SymmetricOperator.wrap(A), num_probes=num_probes, generator=g)
         covered += abs(_root_sum(d.values) - truth) <= _bound(d.values, d.errors, g)[0]
+    assert covered >= 0.95 * runs, f"{covered} of {runs}"
+
+
+@pytest.mark.parametrize("name", ["uniform", "nearly all zero", "low rank", "decaying"])
+def test_the_bias_bound_holds_for_sketched_diagonals(name):
+    basis = torch.linalg.qr(spectra()["uniform"])[0]
+    decaying = (basis * torch.logspace(1.5, -3, 400, dtype=torch.float64)) @ basis.T
+    A = spectra().get(name, decaying)
+    truth = A.diagonal().clamp(min=0).sqrt().sum().item()
+    covered, runs = 0, 20
+    for seed in range(runs):
+        g = torch.Generator().manual_seed(seed)
+        d = xdiag(SymmetricOperator.wrap(A), num_matvecs=32, generator=g)
+        variance = d.weighted(_slopes(d.values, d.errors)).probe_error ** 2
+        bound = _bound(d.values, d.errors, g, variance)[0]
+        covered += abs(_root_sum(d.values) - truth) <= bound
     assert covered >= 0.95 * runs, f"{covered} of {runs}"
 
 

@@ -73,7 +73,7 @@ def average_rise(
             f" losses are not finite at rho={rho:g}, so their mean is not either. Use a"
             " smaller rho."
         )
-    x = torch.tensor(rises, dtype=torch.float64)
+    x = torch.tensor(rises, dtype=torch.float64, device="cpu")
     return Estimate(
         value=float(x.mean()),
         probe_error=float(x.std() / math.sqrt(num_pairs)),

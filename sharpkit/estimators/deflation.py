@@ -185,7 +185,7 @@ class Probing:
 
     def _known(self, name: str) -> float:
         total, locked = 0.0, self.locked
-        theta = torch.as_tensor(locked.values, dtype=torch.float64)
+        theta = torch.as_tensor(locked.values, dtype=torch.float64, device="cpu")
         for part in self.blocks[name]:
             Q = locked.vectors[part]
             total += float(theta @ column_dots(Q, Q).cpu()) if locked.size else 0.0

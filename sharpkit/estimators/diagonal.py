@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,11 +23,13 @@ class Diagonal:
         values: ``[P]``.
         errors: One standard error of each entry, ``[P]``; zeros if exact.
         num_probes: Probes used; 0 if exact.
+        num_gradients: Gradients of the data that it took instead of products (the GGN's).
     """
 
     values: Tensor
     errors: Tensor
     num_probes: int
+    num_gradients: int = field(default=0, kw_only=True)
 
     @property
     def exact(self) -> bool:

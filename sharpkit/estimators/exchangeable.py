@@ -61,7 +61,7 @@ class _Sketch:
         squares = omega.double().square().sum(dim=0).cpu()
         if weights is None:
             forms, C, E = _pairwise(omega, Y), inner(omega, Z), W
-            F, G = H, torch.eye(len(H), dtype=torch.float64)
+            F, G = H, torch.eye(len(H), dtype=H.dtype, device=H.device)
         else:
             forms = _pairwise(omega, Y, weights)
             C, E = inner(omega, Z, weights), inner(omega, Q, weights)
@@ -122,7 +122,7 @@ class _Small:
 
     def estimates(self, *, sphere: bool = False) -> Tensor:
         """Return the k leave-one-out estimates."""
-        rows = torch.arange(self.lost.shape[1])
+        rows = torch.arange(self.lost.shape[1], device=self.lost.device)
         return self.without(rows, self.lost.T[:, :, None], sphere=sphere)
 
     def covariance(self, values: Tensor, *, sphere: bool = False) -> float:
@@ -131,8 +131,8 @@ class _Small:
         steps = []  # X_i minus X_i with j left out as well
         size = max(PAIRS // k, 1)
         for start in range(0, k, size):
-            rows = torch.arange(start, min(start + size, k))
-            i, j = rows.repeat_interleave(k), torch.arange(k).repeat(len(rows))
+            rows = torch.arange(start, min(start + size, k), device=S.device)
+            i, j = rows.repeat_interleave(k), torch.arange(k, device=S.device).repeat(len(rows))
             first, second = S[i], S[j]
             second = second - first * (first * second).sum(dim=1, keepdim=True)
             second = torch.nn.functional.normalize(second, dim=1)
@@ -263,7 +263,6 @@ class SketchedDiagonal(Diagonal):
         Raises:
             ShapeError: If a mask has another length, or a number is out of range.
         """
-        assert self._sketch is not None
         dim = len(self.values)
         if index.dtype == torch.bool:
             fits = index.shape == (dim,)
@@ -280,6 +279,11 @@ class SketchedDiagonal(Diagonal):
         index = index.to(self.values.device)
         weights = torch.zeros(dim, dtype=torch.float64, device=self.values.device)
         weights.index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
+        return self.weighted(weights)
+
+    def weighted(self, weights: Tensor) -> Estimate:
+        """Return the sum of the entries times weights ``[P]``, with its own error."""
+        assert self._sketch is not None
         return _estimate(self._sketch, weights, sphere=False, cost=Cost())
 
 

@@ -479,7 +479,9 @@ class _Search:
             # Each end may miss a share of the true width W: W (1 - 2 share) <= high - low.
             missed = share * (high - low) / (1 - 2 * share) if share < 0.5 else math.inf
             low, high = low - missed, high + missed
-        nothing = torch.empty(self.matrix.dim, 0, dtype=self.matrix.dtype)
+        nothing = torch.empty(
+            self.matrix.dim, 0, dtype=self.matrix.dtype, device=self.matrix.device
+        )
         empty = _End(0, [], nothing, [], [])
         by_sign = {end.sign: end for end in ends}
         top, bottom = by_sign.get(1, empty), by_sign.get(-1, empty)

@@ -90,13 +90,13 @@ def hutchinson_trace(
             f" the relative standard error is {error / abs(value) if value else math.inf:.2g}."
             " Give a larger `num_probes`.",
         )
-    frobenius = torch.tensor(squares, dtype=torch.float64).mean().sqrt()
+    frobenius = math.sqrt(sum(squares) / len(squares))
     return Estimate(
         value=value,
         probe_error=max(error, rounding),
         error_kind="stderr",
         converged=met,
         cost=Cost(hvps=matrix.num_matvecs - before),
-        details={"num_probes": entries.count, "frobenius_norm": float(frobenius)},
+        details={"num_probes": entries.count, "frobenius_norm": frobenius},
         notes=notes,
     )

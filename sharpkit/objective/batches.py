@@ -29,6 +29,8 @@ __all__ = [
     "generators",
     "leaves",
     "move",
+    "parted",
+    "replaced",
     "shared_paths",
     "split",
     "strided",
@@ -236,6 +238,27 @@ def strided(batch: Any, count: int, shared: Iterable[str] = ()) -> list[Any]:
         return _map(batch, cut)
 
     return [piece(start) for start in range(min(count, total))]
+
+
+def parted(batch: Any, shared: Iterable[str] = ()) -> list[str] | None:
+    """Return the paths of the tensors with one part for each example.
+
+    None if something that is no tensor has such parts too, or is of an unknown kind.
+    """
+    total, whole, paths = batch_size(batch), set(shared), []
+    for path, leaf in leaves(batch):
+        if path in whole or (isinstance(leaf, Tensor) and _length(leaf) != total):
+            continue
+        if isinstance(leaf, Tensor):
+            paths.append(path)
+        elif not (leaf is None or isinstance(leaf, (str, bytes, int, float))):
+            return None
+    return paths
+
+
+def replaced(batch: Any, values: Mapping[str, Any]) -> Any:
+    """Return the batch with the leaves at some paths replaced."""
+    return _map(batch, lambda path, leaf: values.get(path, leaf))
 
 
 def doubled(batch: Any) -> Any:

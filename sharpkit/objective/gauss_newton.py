@@ -82,6 +82,7 @@ class OutputProducts:
         self._budget = {"kept": math.inf, "streamed": 0.0}.get(mode, float(budget))
         self.verified = False  # what verify_outputs says, for these parameters and fewer
         self.by_rows: bool | None = None  # whether example gradients are rows of the outputs
+        self.by_vmap: bool | None = None  # whether torch.func takes examples together
         self.marks: dict[tuple[int | None, int], int] = {}  # of pieces, to see their order
         self._kept: list[Piece] = []
         self.reset()
@@ -91,6 +92,7 @@ class OutputProducts:
         """Return the products at other leaves of the same parameters."""
         other = OutputProducts(self._evaluator, leaves, self._mode, self._given_budget)
         other.verified, other.by_rows, other.marks = self.verified, self.by_rows, self.marks
+        other.by_vmap = self.by_vmap
         other._budget = self._budget
         return other
 

@@ -94,8 +94,9 @@ def grouped_forms(
     cuts = 1
     if evaluator.additive and evaluator.num_batches < num_groups:
         cuts = -(-num_groups // max(evaluator.num_batches, 1))
-    weights = torch.zeros(num_groups, dtype=torch.float64)
-    forms = torch.zeros(len(lefts), num_groups, V.shape[1], dtype=torch.float64)
+    weights = torch.zeros(num_groups, dtype=torch.float64, device="cpu")
+    shape = (len(lefts), num_groups, V.shape[1])
+    forms = torch.zeros(shape, dtype=torch.float64, device="cpu")
     dealt = 0
 
     def one(batch: Any) -> list[tuple[float, Tensor]]:

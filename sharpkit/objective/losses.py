@@ -106,9 +106,8 @@ class CriterionLoss:
         """Return the sum and the number of loss terms of given outputs."""
         count = float((self._num_terms or self._count)(outputs, targets))
         if count == 0:  # every target is masked: the mean would be 0/0
-            return torch.zeros(
-                (), device=targets.device if isinstance(targets, Tensor) else None
-            ), 0.0
+            near = next((t for t in (outputs, targets) if isinstance(t, Tensor)), None)
+            return torch.zeros((), device="cpu" if near is None else near.device), 0.0
         return self.criterion(outputs, targets) * count, count
 
     def stretch(self, outputs: Any, targets: Any) -> float:

@@ -3,51 +3,33 @@
 from __future__ import annotations
 
 import copy
-import gc
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sharpkit.errors import ObjectiveError, ShapeError
+from sharpkit.errors import ObjectiveError
 from sharpkit.objective import batches as trees
 from sharpkit.objective import fisher, products
 from sharpkit.objective.admission import HvpMode, refuse_training_mode, trainable, validate
 from sharpkit.objective.checks import first_pass
-from sharpkit.objective.convexity import verify_criterion
 from sharpkit.objective.evaluator import Evaluator
-from sharpkit.objective.gauss_newton import (
-    OutputProducts,
-    linearised,
-    loss_hessian,
-    through,
-    verify_outputs,
-)
-from sharpkit.objective.groups import GroupForms, grouped_forms
+from sharpkit.objective.gauss_newton import OutputProducts
 from sharpkit.objective.hessian import HessianProducts
 from sharpkit.objective.isolation import unwrap
 from sharpkit.objective.losses import BatchLoss, CriterionLoss
+from sharpkit.objective.matrix_products import MatrixProducts
 from sharpkit.objective.memory import default_budget
-from sharpkit.objective.usage import Usage
+from sharpkit.objective.usage import Spent, Usage
 from sharpkit.parameters import ParameterSpace, Selection, select_names
 from sharpkit.results import Cost
 
 __all__ = ["Objective"]
 
 
-@dataclass
-class _Shared:
-    # What all objectives made from one have in common.
-    hvps: int = 0
-    gradients: int = 0
-    forwards: int = 0
-    unused: set[str] = field(default_factory=set)  # parameters already warned of
-
-
-class Objective:
+class Objective(MatrixProducts):
     r"""The empirical risk of a model on a data set, as a function of its parameters.
 
     .. math::
@@ -205,7 +187,7 @@ class Objective:
         fixed = {n: t.detach() for n, t in self._leaves.items()}
         first_pass(evaluator, fixed, budget=memory_budget, check=check)
         self._evaluator = evaluator
-        self._shared = _Shared()
+        self._shared = Spent()
         self._started = time.perf_counter()
         self._requested_mode: HvpMode = hvp_mode
         self._memory_budget = memory_budget
@@ -372,157 +354,6 @@ class Objective:
         self._shared.gradients += 1
         fisher.each_gradient(self._evaluator, self._leaves, self.space.dtype, rows.append)
         return torch.stack(rows)
-
-    # -- curvature products ----------------------------------------------------------
-
-    @torch.inference_mode(False)
-    def hvp(self, vectors: Tensor) -> Tensor:
-        """Return the Hessian times a vector ``[P]`` or the columns of a matrix ``[P, K]``.
-
-        Raises:
-            ShapeError: If the first axis is not P.
-            ObjectiveError: If central differences are the only way and do not converge.
-        """
-        V = self._matrix(vectors)
-        self._shared.hvps += V.shape[1]
-        total = self._hessian(V)
-        return total if vectors.ndim == 2 else total[:, 0]
-
-    @torch.inference_mode(False)
-    def ggnvp(self, vectors: Tensor) -> Tensor:
-        r"""Return the generalised Gauss-Newton matrix times ``[P]`` or ``[P, K]``.
-
-        .. math:: G = \frac1N \sum_n J_n^\top \nabla^2_f \ell_n J_n
-
-        Raises:
-            ShapeError: If the first axis is not P.
-            ObjectiveError: For an objective made from a batch loss, which has no outputs, and
-                for a criterion that is not convex in the outputs, or linear.
-        """
-        V = self._matrix(vectors)
-        self._need_outputs("the GGN")
-        self._shared.hvps += V.shape[1]
-        total = self._through(V, loss_hessian(self._evaluator))
-        return total if vectors.ndim == 2 else total[:, 0]
-
-    @torch.inference_mode(False)
-    def fisher_vp(self, vectors: Tensor) -> Tensor:
-        r"""Return the empirical Fisher matrix times ``[P]`` or ``[P, K]``.
-
-        .. math:: F = \frac1N \sum_n g_n g_n^\top, \quad g_n \text{ the example gradients.}
-
-        At the price of a GGN product where outputs have a row for each example, otherwise
-        of one backward pass an example.
-
-        Raises:
-            ShapeError: If the first axis is not P.
-            ObjectiveError: If the loss is not a sum over examples.
-        """
-        V = self._matrix(vectors)
-        self._shared.hvps += V.shape[1]
-        total, looped = fisher.empirical(self._evaluator, self._leaves, self._through, V)
-        self._shared.gradients += looped
-        return total if vectors.ndim == 2 else total[:, 0]
-
-    @torch.inference_mode(False)
-    def mc_fisher_vp(self, vectors: Tensor, *, num_samples: int = 1, seed: int = 0) -> Tensor:
-        r"""Return the Monte Carlo Fisher matrix times ``[P]`` or ``[P, K]``.
-
-        .. math:: F = \frac1N \sum_n \tilde g_n \tilde g_n^\top, \quad
-            \tilde g_n = J_n^\top r_n
-
-        for slopes r at targets drawn from the model's predictions, weighted as the loss
-        terms are. Their mean over seeds is the GGN; N counts loss terms.
-
-        Args:
-            vectors: ``[P]`` or ``[P, K]``.
-            num_samples: Draws for each target, of which F is the mean.
-            seed: Of the draws: the same seed is the same matrix, whatever the batches.
-
-        Raises:
-            ShapeError: If the first axis is not P.
-            SettingsError: If the number or the seed is no such number.
-            ObjectiveError: If the criterion is not CrossEntropyLoss, MSELoss or
-                BCEWithLogitsLoss, or the data come in another order in each pass.
-        """
-        V = self._matrix(vectors)
-        self._need_outputs("the Fisher matrix")
-        middle = fisher.monte_carlo(self._evaluator, self._through, num_samples, seed)
-        self._shared.hvps += V.shape[1]
-        total = self._through(V, middle)
-        return total if vectors.ndim == 2 else total[:, 0]
-
-    @torch.inference_mode(False)
-    def grouped_forms(
-        self,
-        vectors: Tensor,
-        lefts: Sequence[Tensor],
-        *,
-        matrix: Literal["hessian", "ggn"] = "hessian",
-        num_groups: int = 8,
-    ) -> GroupForms | None:
-        r"""Return :math:`u^\top S_g v` of a matrix's part from each group of the data.
-
-        How much these differ tells the error from the data being a sample. One streamed
-        pass, ``1 + 2K`` gradients. None where only central differences work.
-
-        Args:
-            vectors: Right vectors ``[P, K]``.
-            lefts: Left vectors, each ``[P, K]``.
-            matrix: ``"hessian"`` or ``"ggn"``.
-            num_groups: Groups that the batches, or pieces of them, are dealt out to.
-        """
-        V = self._matrix(vectors)
-        if matrix == "ggn":
-            self._need_outputs("the GGN")
-            middle = loss_hessian(self._evaluator)
-        else:
-            self._hessian.choose()
-            if self._hessian.by_differences:
-                return None
-
-        def product(piece: Any, W: Tensor) -> Tensor:
-            if matrix == "ggn":
-                linear = linearised(self._evaluator, self._leaves, piece)
-                return through(linear, self._leaves, W, middle)
-            return self._hessian.of_piece(piece, W)
-
-        self._shared.hvps += V.shape[1]
-        lefts = [self._matrix(U) for U in lefts]
-        return grouped_forms(self._evaluator, self._leaves, product, V, lefts, num_groups)
-
-    def release(self) -> None:
-        """Free the graphs that were kept for curvature products."""
-        self._hessian.reset()
-        self._through.reset()
-        gc.collect()
-
-    def _need_outputs(self, what: str) -> None:
-        if not self._through.verified:
-            verify_criterion(self._evaluator, self._leaves, what)
-            verify_outputs(self._evaluator, self._leaves)
-            self._through.verified = True
-
-    # -- how -------------------------------------------------------------------------
-
-    def _matrix(self, vectors: Tensor) -> Tensor:
-        if vectors.ndim not in (1, 2) or vectors.shape[0] != self.space.dim:
-            raise ShapeError(
-                f"Expected vectors of shape ({self.space.dim},) or ({self.space.dim}, K)."
-                f" Got {tuple(vectors.shape)}."
-            )
-        if vectors.is_complex():
-            raise ShapeError("Expected real vectors. Got complex ones. Pass their real part.")
-        if vectors.device != self.space.device:
-            raise ShapeError(
-                f"Expected vectors on {self.space.device}. Got {vectors.device}. Move them"
-                " with .to(objective.space.device)."
-            )
-        V = vectors.detach().to(self.space.dtype)
-        if V.is_inference():  # autograd cannot save it
-            with torch.inference_mode(False):
-                V = V.clone()
-        return V if V.ndim == 2 else V[:, None]
 
 
 def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

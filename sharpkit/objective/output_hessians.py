@@ -2,10 +2,13 @@
 
 Each knows its products and how to draw from the model's own predictions: a drawn slope r
 has the mean zero and the covariance H, so that products with r r^T give H in the mean.
+For diagonals they also fall into a sum of outer products of columns, ``H = sum w c c^T``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,7 +17,21 @@ from torch import Tensor, nn
 
 from sharpkit.objective.losses import CriterionLoss
 
-__all__ = ["OutputHessian", "closed_form"]
+__all__ = ["Columns", "OutputHessian", "closed_form"]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Outer products that a Hessian over outputs is the sum of, row by row of the outputs.
+
+    Attributes:
+        weights: ``[R, K]``: in row r, ``H = sum_k weights[r, k] c_rk c_rk^T``.
+        make: Maps a slice of rows and numbers of columns ``[k]`` to the c of these,
+            ``[rows, k, *shape of a row]``.
+    """
+
+    weights: Tensor
+    make: Callable[[slice, Tensor], Tensor]
 
 
 class OutputHessian(Protocol):
@@ -31,6 +48,9 @@ class OutputHessian(Protocol):
 
     def slope(self, uniform: Tensor) -> Tensor:
         """Return the slope r at targets drawn by uniform numbers: ``E[r r^T] = H``."""
+
+    def columns(self, *, rows: bool) -> Columns:
+        """Return H as outer products, for each row of the outputs or (one row) for all."""
 
 
 class _Softmax:
@@ -52,6 +72,30 @@ class _Softmax:
         residual = self._p.scatter_add(self._axis, drawn, -torch.ones_like(self._mass))
         return self._mass.sqrt() * residual
 
+    def columns(self, *, rows: bool) -> Columns:
+        # diag p - p p^T = sum_c p_c (e_c - p)(e_c - p)^T at each position.
+        classes = self.numbers_a_draw
+        p, shape = torch.movedim(self._p, self._axis, -1), self._p.shape
+        last, axis = p.shape[:-1], self._axis
+        if rows:
+            last, axis = last[1:], axis - 1
+        count = shape[0] if rows else 1
+        p = p.reshape(count, -1, classes)
+        mass = self._mass.reshape(count, -1, 1)
+
+        def make(part: slice, index: Tensor) -> Tensor:
+            k = torch.arange(len(index), device=index.device)
+            place, own = index // classes, index % classes
+            block = -p[part][:, place]
+            block[:, k, own] = 0
+            block[:, k, own] = -block.sum(dim=-1)  # 1 - p_c, with all its digits
+            whole = p.new_zeros(len(block), len(index), p.shape[1], classes)
+            whole[:, k, place] = block
+            whole = whole.reshape(len(block), len(index), *last, classes)
+            return torch.movedim(whole, -1, 2 + axis)
+
+        return Columns((mass * p).flatten(1), make)
+
 
 class _Sigmoid:
     # s p (1 - p) for each element.
@@ -66,6 +110,9 @@ class _Sigmoid:
     def slope(self, uniform: Tensor) -> Tensor:
         drawn = (uniform.reshape(self._p.shape) < self._p).to(self._p.dtype)
         return self._mass.sqrt() * (self._p - drawn)
+
+    def columns(self, *, rows: bool) -> Columns:
+        return _of_elements(self._mass * self._p * (1 - self._p), rows)
 
 
 class _Square:
@@ -83,6 +130,23 @@ class _Square:
         eps = torch.finfo(torch.float64).eps / 4
         normal: Tensor = torch.special.ndtri(uniform.clamp(eps, 1 - 2 * eps))
         return (2 * self._mass).sqrt() * normal.reshape(self._outputs.shape).to(self._mass.dtype)
+
+    def columns(self, *, rows: bool) -> Columns:
+        return _of_elements((2 * self._mass).expand(self._outputs.shape), rows)
+
+
+def _of_elements(weights: Tensor, rows: bool) -> Columns:
+    # Unit vectors: each element is a loss term of its own.
+    shape = weights.shape[1:] if rows else weights.shape
+    weights = weights.reshape(weights.shape[0] if rows else 1, -1)
+
+    def make(part: slice, index: Tensor) -> Tensor:
+        count = len(weights[part])
+        unit = torch.zeros(len(index), weights.shape[1], dtype=weights.dtype, device=weights.device)
+        unit[torch.arange(len(index), device=index.device), index] = 1
+        return unit.expand(count, -1, -1).reshape(count, len(index), *shape)
+
+    return Columns(weights, make)
 
 
 def closed_form(

@@ -1,9 +1,10 @@
-"""Which parameters the loss uses: zero rows are named, and lost gradients refused."""
+"""What was spent, and which parameters the loss uses: zero rows are named."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +14,23 @@ from sharpkit.objective.evaluator import Evaluator
 from sharpkit.objective.probing import first_piece
 from sharpkit.objective.products import Named
 
-__all__ = ["Usage"]
+__all__ = ["Spent", "Usage"]
 
 STEP = 1e-3  # relative: small, so that a choice such as argmax stays what it was
 LOSES = (
     "Look for torch.no_grad(), .detach() or .item(), and for activation checkpoints with"
     " use_reentrant=True (use_reentrant=False works)."
 )
+
+
+@dataclass
+class Spent:
+    """What all objectives made from one have in common: their cost, and what was said."""
+
+    hvps: int = 0
+    gradients: int = 0
+    forwards: int = 0
+    unused: set[str] = field(default_factory=set)  # parameters already warned of
 
 
 class Usage:

@@ -144,7 +144,7 @@ class SymmetricOperator:
         numpy_dtype = np.float64 if self.dtype == torch.float64 else np.float32
 
         def matmat(V: Any) -> Any:
-            tensor = torch.as_tensor(np.ascontiguousarray(V), dtype=self.dtype)
+            tensor = torch.as_tensor(np.ascontiguousarray(V), dtype=self.dtype, device="cpu")
             product = self @ tensor.to(self.device)
             return product.cpu().numpy().astype(numpy_dtype, copy=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -101,7 +102,7 @@ def shifted(A: SymmetricOperator, sigma: float) -> SymmetricOperator:
         >>> shifted(SymmetricOperator.wrap(torch.zeros(2, 2)), 3.0).to_dense().tolist()
         [[3.0, 0.0], [0.0, 3.0]]
     """
-    if not torch.isfinite(torch.tensor(float(sigma))):
+    if not math.isfinite(sigma):
         raise OperatorError(f"Expected a finite shift. Got {sigma}.")
     return _made_of(A, lambda V: A @ V + float(sigma) * V)
 
