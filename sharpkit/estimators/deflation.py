@@ -386,7 +386,7 @@ class Quadrature:
         """Return ``f'(A') z`` as coefficients of a probe's basis, given the slope ``f'``."""
         steps = len(self.bases[probe])
         diagonal, off = self.alphas[probe][:steps].copy(), self.betas[probe][: steps - 1]
-        if steps > 1:
+        if steps > 1 and len(self.betas[probe]) == len(self.alphas[probe]):  # it could go on
             last = _radau(diagonal[:-1], off)
             diagonal[-1] = diagonal[-1] if last is None else last
         nodes, S = tridiagonal(diagonal, off)
@@ -395,7 +395,8 @@ class Quadrature:
 
     def extremes(self) -> tuple[float, float]:
         """Return the smallest and the largest value met."""
-        values = np.concatenate([self.locked.values, *[x for x, _ in self.rules()]])
+        rules = zip(self.masses, self.rules(), strict=True)
+        values = np.concatenate([self.locked.values, *[x for mass, (x, _) in rules if mass > 0]])
         return float(values.min()), float(values.max())
 
 
@@ -467,17 +468,19 @@ def _lockstep(
     V = locked.project(locked.project(Z))
     masses = V.double().square().sum(dim=0)
     count = Z.shape[1]
+    eps = torch.finfo(matrix.dtype).eps
+    masses[masses < (100 * eps) ** 2 * matrix.dim] = 0.0  # of a probe that lies in the span
     alphas: list[list[float]] = [[] for _ in range(count)]
     betas: list[list[float]] = [[] for _ in range(count)]
     if steps > 0:
-        V = V / masses.sqrt().to(V.dtype)
+        V = V / torch.where(masses > 0, masses, 1.0).sqrt().to(V.dtype)
     orthogonal = steps * Z.numel() * Z.element_size() <= REORTHOGONALIZE
     past: list[Tensor] = []
     bases: list[list[Tensor]] = [[] for _ in range(num_bases if orthogonal and steps else 0)]
-    alive = list(range(count)) if steps > 0 else []
-    eps = torch.finfo(matrix.dtype).eps
+    alive = [i for i, mass in enumerate(masses.tolist()) if steps > 0 and mass > 0]
     scale = float(abs(locked.values).max()) if locked.size else 0.0
-    previous, beta = torch.zeros_like(V), torch.zeros(count, dtype=V.dtype, device=V.device)
+    previous = torch.zeros_like(V[:, alive])
+    beta = torch.zeros(len(alive), dtype=V.dtype, device=V.device)
     for _ in range(steps):
         if not alive:
             break
@@ -512,5 +515,5 @@ def _lockstep(
         masses.cpu().numpy() if steps > 0 else np.zeros(count),
         [np.array(a) if a else np.zeros(1) for a in alphas],
         [np.array(b) for b in betas],
-        [torch.stack(basis) for basis in bases if basis],
+        [torch.stack(basis or [torch.zeros_like(Z[:, 0])]) for basis in bases],
     )
