@@ -445,7 +445,7 @@ class Spectrum:
             spread = np.std([r[0] for r in rows], axis=0, ddof=1) / math.sqrt(len(rows))
             spread = spread * _quantile(level, len(rows) - 1)
         return (
-            (base + share).tolist(),
+            np.minimum(base + share, 1.0).tolist(),
             np.maximum(base + low - spread, 0.0).tolist(),
             np.minimum(base + high + spread, 1.0).tolist(),
         )

@@ -398,7 +398,7 @@ class Quadrature:
         """Return ``f'(A') z`` as coefficients of a probe's basis, given the slope ``f'``."""
         steps = len(self.bases[probe])
         diagonal, off = self.alphas[probe][:steps].copy(), self.betas[probe][: steps - 1]
-        if steps > 1:
+        if steps > 1 and len(self.betas[probe]) == len(self.alphas[probe]):  # it could go on
             last = _radau(diagonal[:-1], off)
             diagonal[-1] = diagonal[-1] if last is None else last
         nodes, S = tridiagonal(diagonal, off)
@@ -407,7 +407,8 @@ class Quadrature:
 
     def extremes(self) -> tuple[float, float]:
         """Return the smallest and the largest value met."""
-        values = np.concatenate([self.locked.values, *[x for x, _ in self.rules()]])
+        rules = zip(self.masses, self.rules(), strict=True)
+        values = np.concatenate([self.locked.values, *[x for mass, (x, _) in rules if mass > 0]])
         return float(values.min()), float(values.max())
 
 
@@ -477,16 +478,17 @@ def _lockstep(
 ) -> tuple[list[float], list[np.ndarray], list[np.ndarray], list[Tensor]]:
     # Independent Lanczos runs, one a column, a product of the whole block at a time.
     V = locked.project(locked.project(Z))
-    masses = column_dots(V, V).tolist() if steps > 0 else [0.0] * Z.shape[1]
+    eps = torch.finfo(matrix.dtype).eps
+    least = (100 * eps) ** 2 * matrix.dim  # of a probe that lies in the span of the known
+    masses = [m if m >= least and steps > 0 else 0.0 for m in column_dots(V, V).tolist()]
     fits = steps * Z.numel() * Z.element_size() <= REORTHOGONALIZE
     runs = [
-        _Run(v / math.sqrt(mass), steps if fits else 2)
+        _Run(v / math.sqrt(mass) if mass else None, steps if fits else 2, v)
         for v, mass in zip(V.unbind(dim=1), masses, strict=True)
-        if mass > 0
     ]
     del V
     scale = float(abs(locked.values).max()) if locked.size else 0.0
-    smallest = 10 * torch.finfo(matrix.dtype).eps
+    smallest = 10 * eps
     for _ in range(steps):
         alive = [run for run in runs if run.next is not None]
         if not alive:
@@ -494,22 +496,21 @@ def _lockstep(
         W = locked.project(matrix @ torch.stack([run.take() for run in alive]).T)
         for run, w in zip(alive, W.unbind(dim=1), strict=True):
             scale = run.step(w, locked, smallest, scale)
-    nothing = np.zeros(1)
     return (
         masses,
-        [np.array(run.alphas) for run in runs] or [nothing] * len(masses),
-        [np.array(run.betas) for run in runs] or [nothing[:0]] * len(masses),
-        [run.basis[: len(run.alphas)] for run in runs[: num_bases if fits else 0]],
+        [np.array(run.alphas or [0.0]) for run in runs],
+        [np.array(run.betas) for run in runs],
+        [run.basis[: max(len(run.alphas), 1)] for run in runs[: num_bases if fits else 0]],
     )
 
 
 class _Run:
     # One Lanczos run; with a basis of two rows only, it stays orthogonal to those.
-    def __init__(self, start: Tensor, rows: int):
+    def __init__(self, start: Tensor | None, rows: int, like: Tensor):
         self.alphas: list[float] = []
         self.betas: list[float] = []
-        self.basis = start.new_empty(rows, len(start))
-        self.next: Tensor | None = start
+        self.basis = like.new_zeros(max(rows, 1), len(like))
+        self.next = start
 
     def take(self) -> Tensor:
         assert self.next is not None

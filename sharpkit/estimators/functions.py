@@ -288,7 +288,9 @@ def log_det(
     samples = samples + (truncation if zero else 0.0)
     return Estimate(
         value=float(samples.mean()),
-        probe_error=math.hypot(error, truncation if zero else truncation / 2, quadrature.floor),
+        probe_error=math.hypot(
+            error, truncation if zero else truncation / 2, quadrature.floor / tau
+        ),
         error_kind="stderr",
         cost=quadrature.cost,
         details={"tau": tau, "truncation": truncation, "num_probes": len(samples)},

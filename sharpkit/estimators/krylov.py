@@ -55,6 +55,7 @@ class Krylov:
         steps: What was known after each step since the last restart.
         restarts: How often the basis was full.
         keep: As given; it may change as the run goes on.
+        warm: Whether it started from given vectors, so that no bound of chance holds.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Krylov:
         self.basis = Basis(matrix, storage)
         self.steps: list[_Step] = []
         self.restarts = 0
-        self.keep = keep
+        self.keep, self.warm = keep, start is not None
         self._block, self._most = block, max_basis
         self._T = np.zeros((0, 0))
         self._couplings: list[np.ndarray] = []  # what each product had along locked vectors
@@ -100,7 +101,7 @@ class Krylov:
 
     @property
     def num_products(self) -> int:
-        """Products done so far."""
+        """Products that led to the present basis; going back takes them back."""
         return self._products
 
     # -- vectors ---------------------------------------------------------------------
@@ -200,8 +201,12 @@ class Krylov:
         if kept.any():
             self._next = X if kept.all() else X[:, torch.as_tensor(kept, device=X.device)]
             if sizes[kept].min() < CANCELLED * length:  # rounding brought old ones back
-                self._next = _polished(self._orthogonalize(self._next)[0])
-        else:  # an invariant subspace: go on from new random vectors
+                left = self._orthogonalize(self._next)[0]
+                real = (left.norm(dim=0) > 0.5).cpu().numpy()  # else it was all rounding
+                kept[kept] = real
+                left = left if real.all() else left[:, torch.as_tensor(real, device=X.device)]
+                self._next = _polished(left) if real.any() else None
+        if not kept.any():  # an invariant subspace: go on from new random vectors
             self._next = self._fresh()
         count = 0 if self._next is None else self._next.shape[1]
         self._R = np.zeros((count, self.size))
@@ -239,9 +244,10 @@ class Krylov:
             self._next = self._block_after(at)
         self.basis.truncate(at.size)
         self._T, self._R = self._T[: at.size, : at.size], at.coupling
-        self._scale, self._noise = at.scale, at.noise
+        self._scale, self._noise, self._products = at.scale, at.noise, at.products
         self._last = None
-        self._couplings = self._couplings[:steps]
+        # After a restart the first entry is that of the vectors kept, so count from the end.
+        self._couplings = self._couplings[: len(self._couplings) - len(self.steps) + steps]
         del self.steps[steps:]
 
     def release(self) -> None:
@@ -257,6 +263,10 @@ class Krylov:
         eps = torch.finfo(self.matrix.dtype).eps
         # A basis that is rounded makes noise of its own, but no values are taken from it.
         return max(ROUNDING * eps * at.scale, 0.0 if self.basis.lossy else 2 * at.noise)
+
+    def noise(self, steps: int | None = None) -> float:
+        """Return how far products were from what the recurrence says of them."""
+        return self._at(steps).noise
 
     def _at(self, steps: int | None) -> _Step:
         return self.steps[-1 if steps is None else steps - 1]

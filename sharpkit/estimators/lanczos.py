@@ -245,6 +245,7 @@ class _Search:
         self.k, self.tol, self.signs = settings.k, settings.tol, settings.signs
         self.low, self.high = math.inf, -math.inf  # the Ritz values' extent
         self.floor = 0.0  # rounding level of values
+        self.blur = 0.0  # what a rounded basis does to the extent
         self._before = 0
 
     def spent(self) -> int:
@@ -261,20 +262,20 @@ class _Search:
         krylov = krylov or self._krylov(None, start, self.settings.max_basis)
         krylov.keep = self.settings.keep
         head = len(krylov.steps)
+        step, at, ends = self._first_start(krylov)
         # What others did of the run counts as done here: the same steps, the same budget.
-        self._before = self.matrix.num_matvecs - krylov.num_products
-        at, ends = self._first_start(krylov)
+        self._before = self.matrix.num_matvecs - at.products
         if krylov.basis.lossy:
             ends = self._rotate(self._purified(ends))
-        whole = krylov.restarts == 0 and at.size == self.matrix.dim
-        fresh = start is None and krylov.restarts == 0
-        steps = len(krylov.steps) if fresh else 0
+        exact = krylov.restarts == 0 and not krylov.basis.lossy
+        whole = exact and at.size == self.matrix.dim
+        fresh = not krylov.warm and krylov.restarts == 0
+        steps = step if fresh else 0
         products, restarts = at.products, krylov.restarts
         if own:
             krylov.release()
         elif krylov.restarts == 0 and len(krylov.steps) > head:
             krylov.truncate(max(head, 1))
-        self._before = self.matrix.num_matvecs - products
         if whole:
             second = "not needed"
         elif all(all(end.converged) for end in ends):
@@ -292,6 +293,8 @@ class _Search:
         values, S, residuals = krylov.ritz(steps)
         self.low, self.high = min(self.low, values[0]), max(self.high, values[-1])
         self.floor = max(self.floor, krylov.floor(steps))
+        if krylov.basis.lossy:
+            self.blur = max(self.blur, 2 * krylov.noise(steps))
         return values, S, residuals
 
     def _allowed(self, values: np.ndarray) -> np.ndarray:
@@ -302,7 +305,7 @@ class _Search:
 
     # -- the first start -------------------------------------------------------------
 
-    def _first_start(self, krylov: Krylov) -> tuple[Any, list[_End]]:
+    def _first_start(self, krylov: Krylov) -> tuple[int, Any, list[_End]]:
         # Lanczos steps until k pairs at each end converged, or no step is left. Steps that
         # the run has already made are gone through like new ones.
         history: list[np.ndarray] = []
@@ -321,7 +324,9 @@ class _Search:
                 and bool((e <= MARGIN * self._allowed(self._outer(s, values))).all())
                 for s, e in zip(self.signs, errors, strict=True)
             )
-            if at.exhausted or at.products >= self.settings.budget or done:
+            # The next step makes as many products as the coupling to it has rows.
+            spent = at.products + len(at.coupling) > self.settings.budget
+            if at.exhausted or spent or done:
                 break
         ends = []
         for sign, e in zip(self.signs, errors, strict=True):
@@ -331,7 +336,7 @@ class _Search:
             stated = np.where(np.isfinite(e), e, plain)
             vectors = krylov.vectors(self._outer(sign, S.T).T)
             ends.append(_End(sign, kept.tolist(), vectors, stated.tolist(), met.tolist()))
-        return at, ends
+        return step, at, ends
 
     def _purified(self, ends: list[_End]) -> Tensor:
         # Vectors put together from a rounded basis, with the directions of their residuals.
@@ -411,7 +416,7 @@ class _Search:
         # found) or its outermost pair stands still; False if the budget ends before.
         history: list[np.ndarray] = []
         while not krylov.exhausted:
-            if self.spent() >= self.settings.budget:
+            if self.spent() + self.settings.block > self.settings.budget:
                 return False
             krylov.step()
             values, _, residuals = self._ritz(krylov)
@@ -471,7 +476,7 @@ class _Search:
     def _result(
         self, ends: list[_End], steps: int, products: int, restarts: int, second: str
     ) -> Eigenpairs:
-        low, high = self.low - self.floor, self.high + self.floor
+        low, high = self.low - self.floor - self.blur, self.high + self.floor + self.blur
         if second != "not needed":
             share = math.inf
             if steps:

@@ -10,7 +10,6 @@ __all__ = [
     "new_axes",
     "plot_against_gap",
     "plot_cumulative",
-    "plot_cumulative",
     "plot_slice",
     "plot_spectrum",
     "save_figure",
