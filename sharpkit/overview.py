@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -182,10 +182,13 @@ def compare(
     if paired:
         _must_match(first, second)
     seeds = (seed, seed if paired else seed + 1)
-    a, b = (
-        measure(Analysis(objective, seed=s, max_basis=max_basis, num_groups=num_groups), **settings)
-        for objective, s in zip((first, second), seeds, strict=True)
-    )
+    estimates = []
+    for objective, own_seed in zip((first, second), seeds, strict=True):
+        before = objective.cost
+        analysis = Analysis(objective, seed=own_seed, max_basis=max_basis, num_groups=num_groups)
+        estimate = measure(analysis, **settings)
+        estimates.append(replace(estimate, cost=objective.cost - before))
+    a, b = estimates
     alone = _apart(a.probe_error, b.probe_error)
     data_alone = _apart(a.data_error, b.data_error)
     error, dof, kind = alone, _least(a.dof, b.dof), _kind(a.error_kind, b.error_kind)

@@ -265,8 +265,9 @@ class Spectral:
         if found is None:
             return estimate
         known, probes = found
-        errors = [_errors(forms) for _, forms in known]
-        slopes = _slope(function, self.locked.values, np.concatenate([[], *errors]))
+        errors = np.concatenate([[], *(_errors(forms) for _, forms in known)])
+        reach = math.sqrt(3) * errors  # a uniform spread so far has that variance
+        slopes = _slope(function, self.locked.values, reach)
         if further is not None:
             slopes = slopes + further(self.locked.values)
         count = len(probes)
