@@ -167,13 +167,19 @@ class Analysis:
             space = self.objective.space
             names = [n for n, s in zip(space.names, space.shapes, strict=True) if len(s) >= 2]
             names = names or list(space.names)
+            blocks = {
+                name: self.objective.restrict(lambda n, name=name: n == name)  # type: ignore[misc]
+                for name in names
+            }
+            most = self._max_basis
             return {
                 name: Analysis(
-                    self.objective.restrict(lambda n, name=name: n == name),  # type: ignore[misc]
+                    block,
                     seed=self.seed,
+                    max_basis=None if most is None else min(most, block.space.dim),
                     num_groups=self.num_groups,
                 )
-                for name in names
+                for name, block in blocks.items()
             }
 
         return self._once(("layers",), compute)

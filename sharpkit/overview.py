@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from sharpkit.analysis import Analysis
 from sharpkit.errors import SettingsError
 from sharpkit.estimators import density_of
+from sharpkit.estimators.protocol import check_positive
 from sharpkit.objective import Objective
-from sharpkit.results import Cost, Estimate, Scores, Spectrum
+from sharpkit.results import Cost, ErrorKind, Estimate, Scores, Spectrum
 from sharpkit.scoring import MeasureRequest, measure_all, parse_request
 
 if TYPE_CHECKING:
@@ -125,6 +127,8 @@ def spectrum(
         raise SettingsError(
             f"Expected `k` between 1 and the number of parameters, {objective.space.dim}. Got {k}."
         )
+    check_positive("num_quadratures", num_quadratures, minimum=2)
+    check_positive("num_steps", num_steps, minimum=1)
     analysis = Analysis(objective, seed=seed, max_basis=max_basis, num_groups=num_groups)
     before = objective.cost
     scores = measure_all(analysis, [parse_request(r) for r in requests])
@@ -178,13 +182,16 @@ def compare(
     if paired:
         _must_match(first, second)
     seeds = (seed, seed if paired else seed + 1)
-    a, b = (
-        measure(Analysis(objective, seed=s, max_basis=max_basis, num_groups=num_groups), **settings)
-        for objective, s in zip((first, second), seeds, strict=True)
-    )
+    estimates = []
+    for objective, own_seed in zip((first, second), seeds, strict=True):
+        before = objective.cost
+        analysis = Analysis(objective, seed=own_seed, max_basis=max_basis, num_groups=num_groups)
+        estimate = measure(analysis, **settings)
+        estimates.append(replace(estimate, cost=objective.cost - before))
+    a, b = estimates
     alone = _apart(a.probe_error, b.probe_error)
     data_alone = _apart(a.data_error, b.data_error)
-    error, dof, kind = alone, _least(a.dof, b.dof), a.error_kind
+    error, dof, kind = alone, _least(a.dof, b.dof), _kind(a.error_kind, b.error_kind)
     if kind != "stderr" and a.probe_error is not None and b.probe_error is not None:
         error = a.probe_error + b.probe_error
     draws: tuple[float, ...] = ()
@@ -192,7 +199,8 @@ def compare(
     data = data_alone
     if paired and a.error_kind == "stderr" and len(a.draws) == len(b.draws) > 1:
         draws = tuple(x - y for x, y in zip(a.draws, b.draws, strict=True))
-        floor = 1e-7 * max(abs(a.value), abs(b.value))
+        eps = max(torch.finfo(o.model_dtype).eps for o in (first, second))
+        floor = max(1e-7, eps) * max(abs(a.value), abs(b.value))  # rounding does not cancel
         error, dof = max(_stderr(draws), floor), len(draws) - 1
     if paired and len(a.data_draws) == len(b.data_draws) > 1:
         data_draws = tuple(x - y for x, y in zip(a.data_draws, b.data_draws, strict=True))
@@ -248,6 +256,14 @@ def _must_match(first: Objective, second: Objective) -> None:
 
 def _apart(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else math.hypot(a, b)
+
+
+def _kind(a: ErrorKind, b: ErrorKind) -> ErrorKind:
+    # A difference of lower bounds may be off to either side, and one random error makes
+    # the whole random.
+    if "stderr" in (a, b):
+        return "stderr"
+    return a if a == b != "lower_bound" else "bound"
 
 
 def _least(a: float | None, b: float | None) -> float | None:

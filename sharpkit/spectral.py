@@ -252,7 +252,7 @@ class Spectral:
                 coefficients = slopes[None, at : at + width]
                 at += width
             else:
-                coefficients = np.tile([[line / width], [2 * curve / width]], width)
+                coefficients = np.tile([[line / width], [curve / width]], width)
             total += torch.einsum(
                 "lgk,lk->g", forms.forms, torch.as_tensor(coefficients, device="cpu")
             )
@@ -271,7 +271,9 @@ class Spectral:
         r"""Return the estimate with its error from the data, for functions with a kink at zero.
 
         As :meth:`with_data_error`, with :math:`\varphi'(A') z` from the Lanczos vectors of
-        two of the probes; where these were not kept, there is no error from the data.
+        two of the probes; where these were not kept, there is no error from the data. The
+        slope at a known eigenvalue is its mean within the eigenvalue's own error, as one
+        that other data may put on the other side of the kink has none of its own.
 
         Args:
             estimate: A number.
@@ -286,18 +288,22 @@ class Spectral:
         if found is None:
             return estimate
         known, probes = found
-        slopes = _slope(function, self.locked.values)
+        errors = np.concatenate([[], *(_errors(forms) for _, forms in known)])
+        reach = math.sqrt(3) * errors  # a uniform spread so far has that variance
+        slopes = _slope(function, self.locked.values, reach)
         if further is not None:
             slopes = slopes + further(self.locked.values)
         count = len(probes)
+
+        def bulk(x: np.ndarray) -> np.ndarray:
+            # The node put at zero stands for what has no curvature: rounding has no slope.
+            return np.where(abs(x) > quadrature.floor, _slope(function, x), 0.0)
+
         total: Tensor | None = None
         weights = None
         for forms, coefficients in [
             *((f, slopes[None, i : i + f.forms.shape[2]]) for i, f in known),
-            *(
-                (f, quadrature.slopes(lambda x: _slope(function, x), i)[:, None] / count)
-                for i, f in enumerate(probes)
-            ),
+            *((f, quadrature.slopes(bulk, i)[:, None] / count) for i, f in enumerate(probes)),
         ]:
             part = torch.einsum(
                 "lgk,lk->g", forms.forms, torch.as_tensor(coefficients, device="cpu")
@@ -370,12 +376,12 @@ class Spectral:
         if self._forms is None:
             return None
         locked = self.locked
-        order = np.argsort(-abs(locked.values))[:MOST_DATA_VECTORS]
+        everything = self.operator.dim <= locked.size
+        most = locked.size if everything else MOST_DATA_VECTORS
+        order = np.argsort(-abs(locked.values))[:most]
         width = block_size(self.operator)
-        generator = self._generator("probes")
-        Z = random_signs(self.operator, DATA_PROBES, generator)
-        if self.operator.dim <= locked.size == len(order):
-            Z = Z[:, :0]
+        Z = random_signs(self.operator, DATA_PROBES, self._generator("probes"))
+        Z = Z[:, :0] if everything else Z
         Q = locked.vectors[:, torch.as_tensor(order.copy(), device=locked.vectors.device)]
         Z = Z - Q @ (Q.T @ Z)  # the probes stand for all but the largest, known or not
         Y = self.operator @ Z if Z.shape[1] else Z
@@ -405,21 +411,29 @@ def _centred(draws: tuple[float, ...], value: float) -> tuple[float, ...]:
     return tuple(d - mean + value for d in draws)
 
 
-def _slope(function: Function, x: np.ndarray) -> np.ndarray:
+def _errors(forms: Any) -> np.ndarray:
+    # The data's error of each eigenvalue whose vector is a column.
+    found = [group_error(forms.forms[0, :, k], forms.weights) for k in range(forms.forms.shape[2])]
+    return np.array([0.0 if error is None else error[0] for error in found])
+
+
+def _slope(function: Function, x: np.ndarray, reach: np.ndarray | None = None) -> np.ndarray:
+    # With a reach, the mean slope so far to both sides: that of a kink within it.
     if not len(x):
         return x
     step = 1e-4 * np.maximum(abs(x), 1e-30)
+    step = step if reach is None else np.maximum(step, reach)
     slope: np.ndarray = (function(x + step) - function(x - step)) / (2 * step)
     return slope
 
 
 def _fit(function: Function, x: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    # Linear and quadratic coefficient of the least-squares parabola.
-    scale = float(abs(x).max()) if len(x) else 0.0
-    if scale == 0:
+    # Constant and linear coefficient of the slope's least-squares line. Where all of the
+    # spectrum is at one place, the line is right there.
+    if not len(x):
         return 0.0, 0.0
-    t = x / scale
+    scale = float(abs(x).max()) or 1.0
     root = np.sqrt(weights / weights.sum())
-    columns = np.stack([np.ones_like(t), t, t**2], axis=1) * root[:, None]
-    solution = np.linalg.lstsq(columns, function(x) * root, rcond=1e-10)[0]
-    return float(solution[1]) / scale, float(solution[2]) / scale**2
+    columns = np.stack([np.ones_like(x), x / scale], axis=1) * root[:, None]
+    solution = np.linalg.lstsq(columns, _slope(function, x) * root, rcond=1e-10)[0]
+    return float(solution[0]), float(solution[1]) / scale

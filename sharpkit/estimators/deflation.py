@@ -398,7 +398,7 @@ class Quadrature:
         """Return ``f'(A') z`` as coefficients of a probe's basis, given the slope ``f'``."""
         steps = len(self.bases[probe])
         diagonal, off = self.alphas[probe][:steps].copy(), self.betas[probe][: steps - 1]
-        if steps > 1 and len(self.betas[probe]) == len(self.alphas[probe]):  # it could go on
+        if 1 < steps == len(self.betas[probe]):  # a run that ended by itself is exact as it is
             last = _radau(diagonal[:-1], off)
             diagonal[-1] = diagonal[-1] if last is None else last
         nodes, S = tridiagonal(diagonal, off)

@@ -170,7 +170,12 @@ class Krylov:
         before = self.size
         X = self.basis.append(self._next)
         self._next = None  # the same memory is the basis's now
-        W = self.matrix @ X
+        try:
+            W = self.matrix @ X
+        except BaseException:  # as before the step, for whoever shares the run
+            self._next = X.clone()
+            self.basis.truncate(before)
+            raise
         self._products += width
         own, length = accurate_gram(X, W).cpu().numpy(), float(W.norm())
         own = (own + own.T) / 2

@@ -64,7 +64,7 @@ def with_error(
 
         def phi(x: np.ndarray) -> np.ndarray:
             p = size(x) / total
-            return -factor * (_x_log_x(p) - shannon * p)
+            return -factor * (_x_log_x(p) - (1 + shannon) * p)
 
         return spectral.with_shape_data_error(estimate, quadrature, phi, none)
     powers = float(quadrature.sums(lambda x: (size(x) / largest) ** alpha, zero=True).mean()) or 1.0

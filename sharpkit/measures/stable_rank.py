@@ -50,7 +50,7 @@ def stable_rank(analysis: Analysis, *, num_probes: int = 16) -> Estimate:
         details={**norm.details, "largest_magnitude": largest},
         notes=() if settled else ("The largest eigenvalue did not converge in 24 steps.",),
         dof=norm.dof,
-        draws=tuple((d / largest) ** 2 for d in norm.draws),
+        draws=tuple(value * (2 * d / norm.value - 1) for d in norm.draws),
     )
 
     def of_the_largest(values: np.ndarray) -> np.ndarray:
