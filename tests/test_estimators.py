@@ -16,8 +16,8 @@ from sharpkit.estimators import (
     maximize_in_ball,
     spectral_density,
 )
+from sharpkit.estimators.eigenpairs import distinct_errors
 from sharpkit.estimators.krylov import Krylov
-from sharpkit.estimators.lanczos import distinct_errors
 from sharpkit.geometry import ElementwiseMetric, EuclideanMetric, MongeMetric
 from sharpkit.operators import SymmetricOperator
 from sharpkit.testing import check_operator

@@ -7,14 +7,13 @@ from sharpkit.estimators.deflation import (
     Locked,
     Probes,
     Probing,
-    Quadrature,
-    deflated_quadrature,
     deflated_trace,
     frobenius_norm,
     lock,
 )
 from sharpkit.estimators.density import spectral_density
 from sharpkit.estimators.diagonal import Diagonal, exact_diagonal, hutchinson_diagonal
+from sharpkit.estimators.eigenpairs import Eigenpairs
 from sharpkit.estimators.exchangeable import SketchedDiagonal, xdiag, xtrace
 from sharpkit.estimators.functions import (
     SpectrumPart,
@@ -26,8 +25,9 @@ from sharpkit.estimators.functions import (
     renyi_entropy_of_probes,
 )
 from sharpkit.estimators.krylov import Krylov
-from sharpkit.estimators.lanczos import Eigenpairs, Which, lanczos
+from sharpkit.estimators.lanczos import Which, lanczos
 from sharpkit.estimators.protocol import random_signs
+from sharpkit.estimators.quadrature import Quadrature, deflated_quadrature
 from sharpkit.estimators.sketched import hutch_plus_plus
 from sharpkit.estimators.trace import hutchinson_trace
 

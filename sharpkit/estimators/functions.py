@@ -9,9 +9,10 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from sharpkit.errors import MeasureError, SettingsError
-from sharpkit.estimators.deflation import Probes, Quadrature
+from sharpkit.estimators.deflation import Probes
 from sharpkit.estimators.jackknife import jackknife
 from sharpkit.estimators.protocol import check_positive
+from sharpkit.estimators.quadrature import Quadrature
 from sharpkit.results import Estimate, Spectrum
 
 __all__ = [
