@@ -11,8 +11,10 @@ from torch import nn
 
 import sharpkit as sk
 from sharpkit.errors import SettingsError
+from sharpkit.estimators.deflation import Locked, deflated_quadrature
 from sharpkit.objective.batches import strided
 from sharpkit.objective.groups import group_error
+from sharpkit.operators import SymmetricOperator
 
 BY_NAME = {case.name: case for case in CASES}
 SIZES = [(11,), (8, 3), (4, 4, 3), (1,) * 11]
@@ -292,3 +294,15 @@ def test_data_errors_are_calibrated(samples, request_):
     assert 0.8 < spread < 1.25
     assert 0.8 < z.std() / math.sqrt(7 / 5) < 1.3
     assert abs(z.mean()) < 0.7  # a sample's spectrum is wider than the population's
+
+
+@pytest.mark.parametrize("steps", [7, 12])
+def test_slopes_of_a_run_that_ended_by_itself_are_exact(steps):
+    eigenvalues = torch.tensor([3.0, 2.0, -1.0, 0.5, 4.0, -2.5, 1.5], dtype=torch.float64)
+    A = SymmetricOperator.wrap(torch.diag(eigenvalues))
+    nothing = Locked(torch.zeros(7, 0, dtype=torch.float64), np.zeros(0), np.zeros(0), 1e-14, 0)
+    generator = torch.Generator().manual_seed(0)
+    run = deflated_quadrature(A, nothing, num_probes=2, num_steps=steps, generator=generator)
+    z = run.bases[0][0] * math.sqrt(run.masses[0])
+    found = run.bases[0].T @ torch.as_tensor(run.slopes(np.sign, 0))
+    assert torch.allclose(found, eigenvalues.sign() * z, atol=1e-9)
