@@ -11,7 +11,8 @@ from torch import nn
 
 import sharpkit as sk
 from sharpkit.errors import SettingsError
-from sharpkit.estimators.deflation import Locked, deflated_quadrature
+from sharpkit.estimators.deflation import Locked
+from sharpkit.estimators.quadrature import deflated_quadrature
 from sharpkit.objective.batches import strided
 from sharpkit.objective.groups import group_error
 from sharpkit.operators import SymmetricOperator
