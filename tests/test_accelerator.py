@@ -143,6 +143,7 @@ def test_the_emulated_accelerator_refuses_what_an_accelerator_does():
         assert (reads.count, reads.largest) == (2, 3)
 
 
+@pytest.mark.slow
 def test_measures_are_the_same_on_an_accelerator():
     requests = [*measures.names(), *FURTHER]
     here = values(sk.score(objective(), requests))

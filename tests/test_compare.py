@@ -88,6 +88,7 @@ def test_pairing_cancels_what_both_share(pair, name):
     assert found.dof == len(found.draws) - 1
 
 
+@pytest.mark.slow
 def test_paired_errors_are_calibrated(pair):
     truths = [float(sk.hessian(o).to_dense().trace()) for o in pair]
     z = []
@@ -100,6 +101,7 @@ def test_paired_errors_are_calibrated(pair):
     assert 0.85 < z.std() / math.sqrt(7 / 5) < 1.2
 
 
+@pytest.mark.slow
 def test_paired_data_errors_are_calibrated():
     # Small enough to be exact: only the data are random.
     with torch.random.fork_rng():

@@ -284,6 +284,7 @@ def samples():
     return np.array(truth), values, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("request_", CALIBRATED)
 def test_data_errors_are_calibrated(samples, request_):
     i = CALIBRATED.index(request_)

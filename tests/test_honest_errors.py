@@ -102,6 +102,7 @@ def average_rise_of(objective, rho=0.1, pairs=3000):
     return exact + rest.mean().item(), rest.std().item() / pairs**0.5
 
 
+@pytest.mark.slow
 def test_average_sharpness_of_a_network_is_calibrated():
     double = both(4, 100)[1]
     truth, error = average_rise_of(double)
