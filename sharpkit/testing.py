@@ -235,8 +235,9 @@ def check_measure(
 
 def _measure(name: str, objective: Objective, seed: int = 0, effort: int = 1) -> Estimate:
     settings = measures.get(name).settings
-    more = {k: effort * v for k, v in settings.items() if k.startswith("num_")}
-    result = score(objective, [(name, more)], seed=seed)[0]
+    draws = ("num_probes", "num_pairs")
+    more = {k: effort * v for k, v in settings.items() if k in draws}
+    result = score(objective, [(name, more)], seed=seed, num_groups=0)[0]
     assert result.estimate is not None, f"{name} failed: {result.error}"
     estimate: Estimate = result.estimate
     return estimate
@@ -264,7 +265,7 @@ def _check_hygiene(measure: measures.Measure) -> None:
     states = _random_states()
     first, again = _measure(name, objective, 3), _measure(name, objective, 3)
     others = [n for n in measures.names() if n != name]
-    beside = score(objective, [*others, name], seed=3)[name].estimate
+    beside = score(objective, [*others, name], seed=3, num_groups=0)[name].estimate
     for other in (again, beside):
         same = (other.value, other.probe_error) == (first.value, first.probe_error)
         assert same, f"{name}: the same seed gave {first} and {other}"
