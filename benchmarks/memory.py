@@ -66,7 +66,7 @@ def main() -> None:
         objective,
         requests,
         max_basis=options.max_basis,
-        num_groups=4,
+        num_groups=0,
         on_score=lambda s: print(
             f"{s.measure}: {s.estimate}, {time.perf_counter() - start:.0f} s, peak {peak():.2f} GB",
             flush=True,
