@@ -32,9 +32,9 @@ def parse_request(request: MeasureRequest) -> tuple[measures.Measure, dict[str, 
         SettingsError: If a setting is unknown or cannot be read.
 
     Example:
-        >>> measure, settings = parse_request("sam_sharpness:rho=0.1,steps=5")
+        >>> measure, settings = parse_request("monge_sharpness_first_order:rho=0.1")
         >>> measure.name, settings
-        ('sam_sharpness', {'rho': 0.1, 'norm': 'l2', 'steps': 5})
+        ('monge_sharpness_first_order', {'rho': 0.1, 'alpha': 1.0})
     """
     if isinstance(request, str):
         name, _, rest = request.partition(":")

@@ -42,11 +42,11 @@ class _Rotated(nn.Module):
     def __init__(self, theta: Tensor, rotation: Tensor):
         super().__init__()
         half = len(theta) // 2  # two layers, which the rotation mixes
-        self.first, self.second = nn.Parameter(theta[:half]), nn.Parameter(theta[half:])
+        self.weight_1, self.weight_2 = nn.Parameter(theta[:half]), nn.Parameter(theta[half:])
         self.register_buffer("rotation", rotation)
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.rotation.T @ torch.cat([self.first, self.second])  # type: ignore[operator]
+        w = self.rotation.T @ torch.cat([self.weight_1, self.weight_2])  # type: ignore[operator]
         return torch.tanh(x @ w[: x.shape[1]]) + 0.3 * (x @ w[x.shape[1] :]) ** 2
 
 

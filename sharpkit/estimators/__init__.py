@@ -1,7 +1,13 @@
 """Numbers of a matrix or of a function over a ball; nothing here sees a network."""
 
-from sharpkit.estimators.ascent import Ascent, maximize_in_ball, project, steepest
-from sharpkit.estimators.average import average_rise
+from sharpkit.estimators.ascent import (
+    Ascent,
+    maximize_in_ball,
+    project,
+    random_in_ball,
+    steepest,
+)
+from sharpkit.estimators.average import average_rise, perturbation
 from sharpkit.estimators.basis import Storage
 from sharpkit.estimators.deflation import (
     Locked,
@@ -59,7 +65,9 @@ __all__ = [
     "log_det",
     "maximize_in_ball",
     "negative_mass",
+    "perturbation",
     "project",
+    "random_in_ball",
     "random_signs",
     "renyi_entropy",
     "renyi_entropy_of_probes",

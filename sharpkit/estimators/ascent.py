@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -13,45 +13,107 @@ from torch import Tensor
 from sharpkit.errors import SettingsError
 from sharpkit.estimators.protocol import check_positive
 
-__all__ = ["Ascent", "Norm", "dual_norm", "maximize_in_ball", "project", "steepest"]
+__all__ = [
+    "Ascent",
+    "Norm",
+    "checkpoints",
+    "dual_norm",
+    "maximize_in_ball",
+    "project",
+    "random_in_ball",
+    "steepest",
+]
 
-Norm: TypeAlias = Literal["l2", "linf"]
+Norm: TypeAlias = Literal["l1", "l2", "linf"]
 
 MOMENTUM = 0.75
 ENOUGH_INCREASES = 0.75
 GAP_TOLERANCE = 0.02  # of the value: the room that a converged ascent may leave
+EXPLORING = 0.3  # share of the steps before the polishing
+SPARSER = 0.7  # the same for l1
+STATIONARY = 1e-12  # of the rise: with less room, further steps change rounding only
+ON_THE_EDGE = 1e-9
+RECENT = 4  # values that a polishing step may fall behind
+
+Function: TypeAlias = Callable[[Tensor], tuple[float, Tensor]]
 
 
-def check_norm(norm: str) -> None:
-    """Raise SettingsError unless the norm is known."""
-    if norm not in ("l2", "linf"):
-        raise SettingsError(f"Expected `norm` to be 'l2' or 'linf'. Got {norm!r}.")
+def check_norm(norm: str, among: tuple[str, ...] = ("l1", "l2", "linf")) -> None:
+    """Raise SettingsError unless the norm is one of these."""
+    if norm not in among:
+        names = " or ".join([", ".join(map(repr, among[:-1])), repr(among[-1])])
+        raise SettingsError(f"Expected `norm` to be {names}. Got {norm!r}.")
 
 
 def steepest(gradient: Tensor, norm: Norm) -> Tensor:
     """Return the unit vector of the norm that rises fastest; zero for a zero gradient.
 
+    For l1 it is the one coordinate of the largest slope, the first of several.
+
     Example:
         >>> steepest(torch.tensor([3.0, -4.0]), "linf").tolist()
         [1.0, -1.0]
+        >>> steepest(torch.tensor([3.0, -4.0]), "l1").tolist()
+        [0.0, -1.0]
     """
     if norm == "linf":
         return gradient.sign()
+    if norm == "l1":
+        unit = torch.zeros_like(gradient)
+        index = gradient.abs().argmax()
+        unit[index] = gradient[index].sign()
+        return unit
     length = gradient.norm()
     return gradient / length if float(length) > 0 else torch.zeros_like(gradient)
 
 
 def dual_norm(gradient: Tensor, norm: Norm) -> float:
-    """Return the largest slope over unit vectors: ``|g|_2`` for l2, ``|g|_1`` for linf."""
-    return float(gradient.norm() if norm == "l2" else gradient.abs().sum())
+    """Return the largest slope over unit vectors: the norm dual to the given one."""
+    if norm == "l2":
+        return float(gradient.norm())
+    return float(gradient.abs().sum() if norm == "linf" else gradient.abs().max())
 
 
 def project(point: Tensor, rho: float, norm: Norm) -> Tensor:
-    """Return the nearest point of the ball of radius rho."""
+    """Return the nearest point of the ball of radius rho.
+
+    Example:
+        >>> project(torch.tensor([3.0, -2.0, 0.5]), 2.0, "l1").tolist()
+        [1.5, -0.5, 0.0]
+    """
     if norm == "linf":
         return point.clamp(-rho, rho)
-    length = float(point.norm())
-    return point * (rho / length) if length > rho else point
+    if norm == "l2":
+        length = float(point.norm())
+        return point * (rho / length) if length > rho else point
+    size = point.abs()
+    if float(size.sum(dtype=torch.float64)) <= rho:
+        return point
+    # All are shortened by what leaves rho for the longest, the rest becomes zero.
+    longest = size.sort(descending=True).values.double()
+    counts = torch.arange(1, len(longest) + 1, dtype=torch.float64, device=longest.device)
+    cuts = (longest.cumsum(0) - rho) / counts
+    last = int((longest > cuts).nonzero()[-1])
+    return point.sign() * (size - float(cuts[last])).clamp(min=0)
+
+
+def random_in_ball(like: Tensor, rho: float, norm: Norm, generator: torch.Generator) -> Tensor:
+    """Return a point drawn uniformly from the ball, with the shape of ``like``."""
+    P = like.numel()
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+    if norm == "linf":
+        return rho * (2 * uniform(P) - 1)
+    radius = rho * float(uniform(1)) ** (1 / P)
+    if norm == "l2":
+        z = torch.randn(P, generator=generator, dtype=like.dtype, device=like.device)
+        return z.mul_(radius / float(z.norm()))
+    signs = torch.where(uniform(P) < 0.5, -1.0, 1.0)
+    lengths = -torch.log1p(-uniform(P))  # exponential: their shares are uniform on a face
+    total = float(lengths.sum())
+    return lengths.mul_(signs).mul_(radius / total)
 
 
 @dataclass(frozen=True)
@@ -66,6 +128,7 @@ class Ascent:
         converged: Whether the gap is at most 2% of the rise.
         evaluations: Values-with-gradients computed.
         non_finite: Steps at which the function was not finite; they were taken back.
+        tops: The highest value from each start, that at the origin first.
     """
 
     value: float
@@ -74,10 +137,12 @@ class Ascent:
     converged: bool
     evaluations: int
     non_finite: int
+    tops: tuple[float, ...] = ()
 
 
-def _checkpoints(steps: int) -> set[int]:
-    # Croce and Hein 2020: p_0 = 0, p_1 = 0.22, then ever shorter intervals, at least 0.06.
+def checkpoints(steps: int) -> set[int]:
+    """Return the steps at which Auto-PGD looks back (Croce and Hein 2020)."""
+    # p_0 = 0, p_1 = 0.22, then ever shorter intervals, at least 0.06.
     last, now, marks = 0.0, 0.22, set()
     while now <= 1:
         marks.add(math.ceil(now * steps))
@@ -86,7 +151,7 @@ def _checkpoints(steps: int) -> set[int]:
 
 
 def maximize_in_ball(
-    function: Callable[[Tensor], tuple[float, Tensor]],
+    function: Function,
     *,
     start_value: float,
     start_gradient: Tensor,
@@ -94,21 +159,32 @@ def maximize_in_ball(
     norm: Norm,
     steps: int,
     generator: torch.Generator,
+    restarts: int = 0,
+    frozen: Tensor | None = None,
 ) -> Ascent:
-    r"""Search the maximum of a function over ``|z| <= rho`` by Auto-PGD.
+    r"""Search the maximum of a function over ``|z| <= rho``.
 
-    Projected steepest ascent with momentum; the step starts at the ball's diameter and is
-    halved, going on from the best point, when too few steps rise (Croce and Hein 2020,
-    arXiv:2003.01690). At a point without a gradient it starts in a random direction.
+    The first 30% of the steps explore by Auto-PGD: projected steepest ascent with
+    momentum, whose step starts at the ball's diameter and is halved, going on from the best
+    point, when too few steps rise (Croce and Hein 2020, arXiv:2003.01690). For l1, where
+    the steepest direction is a single coordinate and the first gradient would choose it for
+    good, the first 70% go along the gradient's largest entries, at first all of them, then
+    ever fewer, at last one. The other steps polish the best point: the maximum of the
+    linear model where the function is convex along the last step, otherwise a projected
+    step of Barzilai and Borwein's length, from the part of the gradient that the ball does
+    not stop. A point where the function is not finite is taken back. It ends early at a
+    stationary point.
 
     Args:
         function: Maps ``z [P]`` to its value and gradient.
         start_value: The function at 0.
         start_gradient: Its gradient at 0.
         rho: Radius of the ball.
-        norm: ``"l2"`` or ``"linf"``.
-        steps: Values-with-gradients to spend, at least 1.
-        generator: Source of the random direction, if one is needed.
+        norm: ``"l1"``, ``"l2"`` or ``"linf"``.
+        steps: Most values-with-gradients to spend from each start, at least 1.
+        generator: Source of random starts, and of the direction if there is no gradient.
+        restarts: Random starts inside the ball besides the one from 0.
+        frozen: Entries ``[P]`` of z that the function does not depend on, to be left at 0.
 
     Raises:
         SettingsError: If rho or steps is not positive, or the norm is unknown.
@@ -126,63 +202,200 @@ def maximize_in_ball(
     check_norm(norm)
     check_positive("rho", rho)
     check_positive("steps", steps, minimum=1)
-    direction = steepest(start_gradient, norm)
-    if not bool(direction.any()):
-        noise = torch.randn(
-            start_gradient.shape,
-            generator=generator,
-            dtype=start_gradient.dtype,
-            device=start_gradient.device,
-        )
-        direction = steepest(noise, norm)
-    origin = torch.zeros_like(start_gradient)
-    best = (start_value, origin, start_gradient)
-    previous, point, slope = origin, origin, start_gradient
-    value = start_value
-    eta = 2 * rho
-    marks = _checkpoints(steps)
-    increases = since = non_finite = 0
-    halved, best_at_mark = False, start_value
-    for step in range(1, steps + 1):
-        heading = steepest(slope, norm) if step > 1 and bool(slope.any()) else direction
-        target = project(point + eta * heading, rho, norm)
-        moved = target
-        if step > 1:
-            moved = project(
-                point + MOMENTUM * (target - point) + (1 - MOMENTUM) * (point - previous),
-                rho,
-                norm,
-            )
-        new_value, new_slope = function(moved)
-        since += 1
-        if not (math.isfinite(new_value) and bool(torch.isfinite(new_slope).all())):
-            non_finite += 1
-            eta /= 2  # take it back: go on from the best finite point with half the step
-            value, point, slope = best
-            previous = point
-            continue
-        increases += new_value > value
-        previous, point, slope, value = point, moved, new_slope, new_value
-        if value > best[0]:
-            best = (value, point, slope)
-        if step in marks:
-            few = increases < ENOUGH_INCREASES * since
-            stuck = not halved and best[0] <= best_at_mark
-            halved = few or stuck
-            if halved:
-                eta /= 2
-                value, point, slope = best
-                previous = point
-            increases = since = 0
-            best_at_mark = best[0]
-    value, point, slope = best
-    gap = max(rho * dual_norm(slope, norm) - float(torch.dot(slope, point)), 0.0)
-    rise = value - start_value
-    return Ascent(
-        value=value,
-        point=point,
-        gap=gap,
-        converged=rise > 0 and gap <= GAP_TOLERANCE * rise,
-        evaluations=steps,
-        non_finite=non_finite,
+    check_positive("restarts", restarts, minimum=0)
+
+    def draw() -> Tensor:
+        z = random_in_ball(start_gradient, rho, norm, generator)
+        return z if frozen is None else z.masked_fill(frozen, 0.0)
+
+    start = (start_value, torch.zeros_like(start_gradient), start_gradient)
+    search = _Search(function, rho, norm, steps, start)
+    slope = start_gradient
+    if not bool(slope.any()):
+        slope = draw()  # no direction is better than another
+    search.run(slope)
+    searches = [search.result(start_value)]
+    for _ in range(restarts):
+        search = _Search(function, rho, norm, steps, start)
+        search.begin(draw())
+        searches.append(search.result(start_value))
+    best = max(searches, key=lambda ascent: ascent.value)
+    return replace(
+        best,
+        evaluations=sum(s.evaluations for s in searches),
+        non_finite=sum(s.non_finite for s in searches),
+        tops=tuple(s.value for s in searches),
     )
+
+
+Met: TypeAlias = tuple[float, Tensor, Tensor]  # a value, where, and the gradient there
+
+
+class _Search:
+    """One ascent from one start: exploring, then polishing."""
+
+    def __init__(self, function: Function, rho: float, norm: Norm, steps: int, start: Met):
+        self.function, self.rho, self.norm = function, rho, norm
+        self.left, self.steps = steps, steps
+        self.best = start
+        self.floor = start[0]
+        self.non_finite = 0
+
+    def evaluate(self, point: Tensor) -> Met | None:
+        """Spend a step on a point; None if the function is not finite there."""
+        self.left -= 1
+        value, slope = self.function(point)
+        if not (math.isfinite(value) and bool(torch.isfinite(slope).all())):
+            self.non_finite += 1
+            return None
+        met = (value, point, slope)
+        if value > self.best[0]:
+            self.best = met
+        return met
+
+    def begin(self, point: Tensor) -> None:
+        """Search from a point; halve it until the function is finite there."""
+        origin = self.best
+        while self.left > 0:
+            met = self.evaluate(point)
+            if met is not None:
+                self.best = met  # a start of its own, though the origin may be higher
+                self.run(met[2])
+                break
+            point = point / 2
+        if origin[0] > self.best[0]:
+            self.best = origin
+
+    def run(self, slope: Tensor) -> None:
+        """Search from the best point, first along a slope."""
+        if self.norm == "l1":
+            self._sparser(slope, math.ceil(SPARSER * self.left))
+        else:
+            self._auto_pgd(slope, math.ceil(EXPLORING * self.left))
+        self._polish()
+
+    def result(self, start_value: float) -> Ascent:
+        """Return the best point, as it differs from the start."""
+        value, point, _ = self.best
+        gap, rise = self._gap(self.best), value - start_value
+        return Ascent(
+            value=value,
+            point=point,
+            gap=gap,
+            converged=rise > 0 and gap <= GAP_TOLERANCE * rise,
+            evaluations=self.steps - self.left,
+            non_finite=self.non_finite,
+        )
+
+    def _gap(self, met: Met) -> float:
+        _, point, slope = met
+        reach = self.rho * dual_norm(slope, self.norm)
+        return max(reach - float(torch.dot(slope, point)), 0.0)
+
+    def _auto_pgd(self, slope: Tensor, steps: int) -> None:
+        rho, norm = self.rho, self.norm
+        value, point, _ = self.best
+        previous, eta = point, 2 * rho
+        marks = checkpoints(steps)
+        increases = since = 0
+        halved, best_at_mark = False, value
+        for step in range(1, steps + 1):
+            target = project(point + eta * steepest(slope, norm), rho, norm)
+            moved = target
+            if step > 1:
+                inertia = MOMENTUM * (target - point) + (1 - MOMENTUM) * (point - previous)
+                moved = project(point + inertia, rho, norm)
+            met = self.evaluate(moved)
+            since += 1
+            if met is None:  # take it back: go on from the best finite point
+                eta /= 2
+                value, point = self.best[:2]
+                slope = self.best[2] if bool(self.best[2].any()) else slope
+                previous = point
+                continue
+            increases += met[0] > value
+            previous = point
+            value, point, slope = met
+            if step in marks:
+                few = increases < ENOUGH_INCREASES * since
+                stuck = not halved and self.best[0] <= best_at_mark
+                halved = few or stuck
+                if halved:
+                    eta /= 2
+                    value, point, slope = self.best
+                    previous = point
+                increases = since = 0
+                best_at_mark = self.best[0]
+
+    def _sparser(self, slope: Tensor, steps: int) -> None:
+        size = slope.numel()
+        for step in range(steps):
+            kept = max(round(size ** (1 - step / max(steps - 1, 1))), 1) if steps > 1 else 1
+            if kept < size:
+                keep = slope.abs().topk(kept).indices
+                slope = torch.zeros_like(slope).index_copy(0, keep, slope[keep])
+            length = float(slope.abs().sum())
+            if length == 0:
+                return
+            met = self.evaluate(slope * (self.rho / length))
+            if met is None:
+                return
+            slope = met[2]
+
+    def _polish(self) -> None:
+        rho, norm = self.rho, self.norm
+        here, reduced = self.best, self._reduced(self.best)
+        before: tuple[Met, Tensor] | None = None
+        recent = [here[0]]
+        shorten = 1.0
+        while self.left > 0 and self._gap(here) > STATIONARY * abs(here[0] - self.floor):
+            length = self._length(here, reduced, before)
+            if length is None and shorten == 1.0:
+                target = rho * steepest(here[2], norm)
+            else:
+                if length is None:  # as far as the ball goes
+                    length = 2 * rho / float(reduced.norm())
+                target = project(here[1] + shorten * length * reduced, rho, norm)
+            met = self.evaluate(target)
+            if met is None or met[0] < min(recent):
+                if here is not self.best:
+                    here, before = self.best, None
+                    reduced = self._reduced(here)
+                shorten /= 4
+                continue
+            shorten = 1.0
+            before = (here, reduced)
+            here, reduced = met, self._reduced(met)
+            recent = [*recent[-RECENT:], met[0]]
+
+    def _length(
+        self, here: Met, reduced: Tensor, before: tuple[Met, Tensor] | None
+    ) -> float | None:
+        # Barzilai and Borwein's step; None where the function is convex along the last one.
+        if before is None:
+            return None
+        moved, turned = here[1] - before[0][1], reduced - before[1]
+        if self.norm == "linf":  # only what is free now
+            moved, turned = moved * (reduced != 0), turned * (reduced != 0)
+        curvature = -float(torch.dot(moved, turned))
+        if curvature <= 0:
+            return None
+        return float(torch.dot(moved, moved)) / curvature
+
+    def _reduced(self, met: Met) -> Tensor:
+        # The part of the gradient that the ball does not stop.
+        _, point, slope = met
+        rho = self.rho
+        if self.norm == "linf":
+            stopped = (point.abs() >= rho * (1 - ON_THE_EDGE)) & (slope * point > 0)
+            return slope.masked_fill(stopped, 0.0)
+        if self.norm == "l2":
+            push = float(torch.dot(slope, point)) / rho**2
+            if push <= 0 or float(point.norm()) < rho * (1 - ON_THE_EDGE):
+                return slope
+            return slope - push * point
+        push = float((slope * point.sign()).sum() / (point != 0).sum().clamp(min=1))
+        if push <= 0 or float(point.abs().sum()) < rho * (1 - ON_THE_EDGE):
+            return slope
+        entering = slope.sign() * (slope.abs() - push).clamp(min=0)
+        return torch.where(point != 0, slope - push * point.sign(), entering)

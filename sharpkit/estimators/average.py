@@ -13,7 +13,15 @@ from sharpkit.estimators.ascent import Norm, check_norm
 from sharpkit.estimators.protocol import check_positive
 from sharpkit.results import Cost, Estimate
 
-__all__ = ["average_rise"]
+__all__ = ["average_rise", "perturbation"]
+
+
+def perturbation(like: Tensor, norm: Norm, generator: torch.Generator) -> Tensor:
+    """Return z with entries from N(0, 1) for l2, or uniform on [-1, 1] for linf."""
+    if norm == "l2":
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+    z = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+    return 2 * z - 1
 
 
 def average_rise(
@@ -51,7 +59,7 @@ def average_rise(
         >>> abs(e.value - 50) < 3 * e.probe_error
         True
     """
-    check_norm(norm)
+    check_norm(norm, ("l2", "linf"))
     check_positive("rho", rho)
     if num_pairs < 2:
         raise SettingsError(
@@ -59,11 +67,7 @@ def average_rise(
         )
     rises, bad = [], 0
     for _ in range(num_pairs):
-        if norm == "l2":
-            z = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
-        else:
-            z = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
-            z = 2 * z - 1
+        z = perturbation(like, norm, generator)
         values = [function(rho * z), function(-rho * z)]
         bad += sum(not math.isfinite(v) for v in values)
         rises.append(sum(values) / 2 - start_value)

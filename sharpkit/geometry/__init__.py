@@ -5,6 +5,19 @@ from sharpkit.geometry.metrics import (
     EuclideanMetric,
     Metric,
     MongeMetric,
+    Scaling,
+    asam_scale,
+    fisher_metric,
+    scale_of,
 )
 
-__all__ = ["ElementwiseMetric", "EuclideanMetric", "Metric", "MongeMetric"]
+__all__ = [
+    "ElementwiseMetric",
+    "EuclideanMetric",
+    "Metric",
+    "MongeMetric",
+    "Scaling",
+    "asam_scale",
+    "fisher_metric",
+    "scale_of",
+]

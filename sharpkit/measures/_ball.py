@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from sharpkit.estimators import maximize_in_ball, steepest
 from sharpkit.estimators.ascent import Norm
 from sharpkit.estimators.protocol import check_positive
 from sharpkit.geometry import Metric
+from sharpkit.measures._groups import mean_over_shards, rise_error
 from sharpkit.results import Cost, Estimate
 
 LOST = 0.05  # of a perturbation's length: more rounding than this spoils the number
@@ -44,10 +47,13 @@ def one_step_rise(analysis: Analysis, metric: Metric, rho: float, norm: Norm) ->
                 "The gradient is hardly larger than its own rounding, and so its direction is"
                 " arbitrary. Measure with dtype=torch.float64, or use sam_sharpness.",
             )
+    error, draws = rise_error(analysis, [delta], rise)
     return Estimate(
         value=rise,
         probe_error=rounding,
         error_kind="rounding",
+        data_error=error,
+        data_draws=draws,
         converged=not notes or not bool(slope.any()),
         cost=Cost(gradients=3),
         details={"perturbation_norm": float(delta.norm())},
@@ -69,16 +75,89 @@ def lost_in_rounding(analysis: Analysis, delta: Tensor) -> tuple[str, ...]:
     )
 
 
+@dataclass(frozen=True)
+class Chart:
+    """Coordinates of perturbations in which the ball is round.
+
+    Attributes:
+        push: Maps coordinates to a perturbation ``[P]``.
+        pull: Maps a gradient ``[P]`` to the gradient by the coordinates.
+        frozen: Coordinates that move nothing; None if there are none.
+    """
+
+    push: Callable[[Tensor], Tensor]
+    pull: Callable[[Tensor], Tensor]
+    frozen: Tensor | None = None
+
+    @classmethod
+    def of(cls, metric: Metric) -> Chart:
+        """Return the whitened coordinates of a metric."""
+        return cls(metric.unwhiten, metric.unwhiten, metric.frozen)
+
+
 def worst_rise(
-    analysis: Analysis, metric: Metric, *, rho: float, norm: Norm, steps: int, purpose: str
+    analysis: Analysis,
+    metric: Callable[[Analysis], Metric],
+    *,
+    rho: float,
+    norm: Norm,
+    steps: int,
+    purpose: str,
+    restarts: int = 0,
+    shard_size: int | None = None,
 ) -> Estimate:
-    """Return the largest rise that an ascent in whitened coordinates met in the ball."""
+    """Return the largest rise that ascents in whitened coordinates met in the ball.
+
+    Args:
+        analysis: What is measured.
+        metric: The metric of an analysis: that of all data, or of each shard.
+        rho: Radius of the ball.
+        norm: Of the whitened coordinates.
+        steps: Gradients of an ascent.
+        purpose: Of the random draws.
+        restarts: Ascents from random starts besides the one from theta.
+        shard_size: Examples of a shard, over which the largest rises are averaged; None:
+            all data are one.
+    """
+    if shard_size is not None:
+
+        def of_shard(part: Analysis, own_purpose: str) -> Estimate:
+            return worst_rise(
+                part,
+                metric,
+                rho=rho,
+                norm=norm,
+                steps=steps,
+                purpose=own_purpose,
+                restarts=restarts,
+            )
+
+        return mean_over_shards(analysis, of_shard, shard_size=shard_size, purpose=purpose)
+    chart = Chart.of(metric(analysis))
+    estimate, delta = ascend(
+        analysis, chart, rho=rho, norm=norm, steps=steps, purpose=purpose, restarts=restarts
+    )
+    error, draws = rise_error(analysis, [delta], estimate.value)
+    return replace(estimate, data_error=error, data_draws=draws)
+
+
+def ascend(
+    analysis: Analysis,
+    chart: Chart,
+    *,
+    rho: float,
+    norm: Norm,
+    steps: int,
+    purpose: str,
+    restarts: int,
+) -> tuple[Estimate, Tensor]:
+    """Return the largest rise that ascents met in the ball of a chart, and where it was."""
 
     def function(zeta: Tensor) -> tuple[float, Tensor]:
-        value, gradient = analysis.loss_and_gradient_at(metric.unwhiten(zeta))
-        return value, metric.unwhiten(gradient)
+        value, gradient = analysis.loss_and_gradient_at(chart.push(zeta))
+        return value, chart.pull(gradient)
 
-    start = metric.unwhiten(analysis.gradient)
+    start = chart.pull(analysis.gradient)
     ascent = maximize_in_ball(
         function,
         start_value=analysis.value,
@@ -87,9 +166,11 @@ def worst_rise(
         norm=norm,
         steps=steps,
         generator=analysis.generator(purpose),
+        restarts=restarts,
+        frozen=chart.frozen,
     )
-    delta = metric.unwhiten(ascent.point)
-    tried = delta if bool(delta.any()) else metric.unwhiten(rho * steepest(start, norm))
+    delta = chart.push(ascent.point)
+    tried = delta if bool(delta.any()) else chart.push(rho * steepest(start, norm))
     lost = lost_in_rounding(analysis, tried)
     notes = [*lost]
     if ascent.value <= analysis.value:
@@ -104,18 +185,26 @@ def worst_rise(
         )
     if ascent.non_finite:
         notes.append(
-            f"The loss was not finite at {ascent.non_finite} of {steps} steps inside the"
-            " ball; the value is the largest finite rise."
+            f"The loss was not finite at {ascent.non_finite} of {ascent.evaluations} steps"
+            " inside the ball; the value is the largest finite rise."
         )
-    return Estimate(
+    details: dict[str, object] = {
+        "perturbation_norm": float(delta.norm()),
+        "non_finite_steps": ascent.non_finite,
+    }
+    if chart.frozen is not None:
+        details["frozen"] = int(chart.frozen.sum())
+    if restarts:
+        rises = [top - analysis.value for top in ascent.tops]
+        details["rises_of_starts"] = rises
+        details["spread_of_starts"] = max(rises) - min(rises)
+    estimate = Estimate(
         value=ascent.value - analysis.value,
         probe_error=max(ascent.gap, analysis.rounding(ascent.value, analysis.value)),
         error_kind="lower_bound",
         converged=ascent.converged and not lost,
         cost=Cost(gradients=ascent.evaluations + 1),
-        details={
-            "perturbation_norm": float(delta.norm()),
-            "non_finite_steps": ascent.non_finite,
-        },
+        details=details,
         notes=tuple(notes),
     )
+    return estimate, delta

@@ -11,20 +11,26 @@ from sharpkit.results import Estimate
     "monge_sharpness",
     symbol="max_{d'Gd<=rho^2} L(theta+d) - L(theta), G = I + a^2 gg'",
     reference="Jacobsen and Arvanitidis 2025, arXiv:2502.08448",
-    cost="steps + 1 gradients (21)",
+    cost="(restarts + 1) steps + 1 gradients (21), 2 forwards",
     invariant_to={"permutation", "orthogonal"},
     degree=None,
     nonnegative=True,
 )
 def monge_sharpness(
-    analysis: Analysis, *, rho: float = 0.05, alpha: float = 1.0, steps: int = 20
+    analysis: Analysis,
+    *,
+    rho: float = 0.05,
+    alpha: float = 1.0,
+    steps: int = 20,
+    restarts: int = 0,
+    shard_size: int | None = None,
 ) -> Estimate:
     r"""Largest rise of the loss over the ball of the Monge metric, by multi-step ascent.
 
     .. math:: \max_{\delta^\top G \delta \le \rho^2} L(\theta+\delta) - L(\theta),
         \qquad G = I + \alpha^2 g g^\top
 
-    G is that of the full data, fixed at theta; the ascent runs in
+    G is that of the full data (or of each shard), fixed at theta; the ascent runs in
     :math:`\zeta = G^{1/2}\delta`, where the ball is round. The scale alpha is our
     extension (the paper has 1; 0 gives SAM's sharpness). Despite the paper's title it is
     invariant to isometries only: rescaling layers changes it, and so does the scale of
@@ -34,13 +40,18 @@ def monge_sharpness(
         analysis: What is measured.
         rho: Radius in the metric.
         alpha: Scale of the loss axis, at least 0.
-        steps: Gradients to spend.
+        steps: Gradients of an ascent.
+        restarts: Ascents from random points of the ball besides the one from theta.
+        shard_size: Mean of the worst cases of shards of so many examples; None: one worst
+            case for all data.
     """
     return worst_rise(
         analysis,
-        MongeMetric(analysis.gradient, alpha),
+        lambda part: MongeMetric(part.gradient, alpha),
         rho=rho,
         norm="l2",
         steps=steps,
+        restarts=restarts,
+        shard_size=shard_size,
         purpose="monge_sharpness",
     )

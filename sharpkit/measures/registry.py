@@ -167,7 +167,8 @@ def get(name: str) -> Measure:
 
 def _read(measure: str, key: str, value: Any, hint: Any) -> Any:
     # Only the types that settings use: int, float, str, bool, Literal, and None beside them.
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    options = typing.get_args(hint) if union else (hint,)
     for option in options:
         if option is type(None):
             if value is None or (isinstance(value, str) and value.lower() == "none"):

@@ -12,7 +12,7 @@ from sharpkit.results import Estimate
     "sam_sharpness_one_step",
     symbol="L(theta + rho g/|g|) - L(theta)",
     reference="Foret et al. 2021, arXiv:2010.01412",
-    cost="3 gradients, two of them for the error",
+    cost="3 gradients and 2 forwards, all but two gradients for the error",
     invariant_to={"permutation", "orthogonal"},
     degree=1,
     nonnegative=False,
@@ -30,6 +30,6 @@ def sam_sharpness_one_step(analysis: Analysis, *, rho: float = 0.05, norm: Norm 
     Args:
         analysis: What is measured.
         rho: Radius, in the units of the parameters.
-        norm: ``"l2"`` or ``"linf"``.
+        norm: ``"l1"``, ``"l2"`` or ``"linf"``.
     """
     return one_step_rise(analysis, EuclideanMetric(), rho, norm)

@@ -30,6 +30,7 @@ __all__ = [
     "leaves",
     "move",
     "parted",
+    "ranged",
     "replaced",
     "shared_paths",
     "split",
@@ -213,6 +214,23 @@ def split(batch: Any, size: int, shared: Iterable[str] = ()) -> list[Any]:
         return _map(batch, cut)
 
     return [piece(start) for start in range(0, total, size)]
+
+
+def ranged(batch: Any, start: int, stop: int, shared: Iterable[str] = ()) -> Any:
+    """Return the examples ``start`` to ``stop`` of a batch that has examples.
+
+    Example:
+        >>> x = torch.arange(5)
+        >>> ranged((x, x), 1, 3)[0].tolist()
+        [1, 2]
+    """
+    total, whole = batch_size(batch), set(shared)
+
+    def cut(path: str, leaf: Any) -> Any:
+        parted = _length(leaf) == total and path not in whole
+        return leaf[start:stop] if parted else leaf
+
+    return _map(batch, cut)
 
 
 def strided(batch: Any, count: int, shared: Iterable[str] = ()) -> list[Any]:

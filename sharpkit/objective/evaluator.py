@@ -7,7 +7,7 @@ import copy
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -282,6 +282,37 @@ class Evaluator:
         other = copy.copy(self)
         other.fixed = {**self.fixed, **fixed}
         return other
+
+    def on(self, pieces: list[Any]) -> Evaluator:
+        """Return the same evaluator on other data: pieces of batches, where they belong.
+
+        The number of loss terms is still that of the whole.
+        """
+        other = copy.copy(self)
+        other._data, other._generators, other.cached = pieces, [], True
+        other.num_batches = len(pieces)
+        other.num_examples = sum(trees.batch_size(piece) or 0 for piece in pieces)
+        marks = sum(trees.fingerprint(piece) for piece in pieces) % 2**128
+        other.fingerprint = f"{marks:032x}"
+        other.holders = weakref.WeakSet()
+        return other
+
+    def batches(self) -> Iterator[Any]:
+        """Yield the batches of one pass where they belong; nothing is held between them."""
+        with self.context(grad=False):
+            iterator = iter(self._data)
+        try:
+            while True:
+                with self.context(grad=False):
+                    batch = next(iterator, None)
+                    if batch is not None and not self.cached:
+                        batch = trees.move(batch, self.device, self.dtype)
+                if batch is None:
+                    return
+                yield batch
+        finally:
+            if callable(close := getattr(iterator, "close", None)):
+                close()
 
     def in_double(self) -> Evaluator:
         """Return the same evaluator in float64."""

@@ -14,7 +14,7 @@ from sharpkit.objective import batches as trees
 from sharpkit.objective.evaluator import Evaluator
 from sharpkit.objective.products import Named
 
-__all__ = ["GroupForms", "group_error", "grouped_forms"]
+__all__ = ["GroupForms", "group_error", "grouped_forms", "grouped_losses"]
 
 SLICE = 2**16  # entries summed in the vectors' own precision
 FEWEST = 4  # groups that can still say how much they differ
@@ -91,9 +91,7 @@ def grouped_forms(
         lefts: Left vectors, each ``[P, K]``.
         num_groups: Groups to deal out to.
     """
-    cuts = 1
-    if evaluator.additive and evaluator.num_batches < num_groups:
-        cuts = -(-num_groups // max(evaluator.num_batches, 1))
+    cuts = _cuts(evaluator, num_groups)
     weights = torch.zeros(num_groups, dtype=torch.float64, device="cpu")
     shape = (len(lefts), num_groups, V.shape[1])
     forms = torch.zeros(shape, dtype=torch.float64, device="cpu")
@@ -120,6 +118,43 @@ def grouped_forms(
     lefts = [U.T.contiguous().T for U in lefts]
     evaluator.each(one, add, grad=True, theta=theta)
     return GroupForms(weights / evaluator.num_terms, forms)
+
+
+def grouped_losses(evaluator: Evaluator, theta: Named, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Return each group's share of the loss terms and what it contributes to L, both ``[G]``.
+
+    The groups are those of :func:`grouped_forms`.
+
+    Args:
+        evaluator: The loss of batches.
+        theta: The parameters.
+        num_groups: Groups to deal out to.
+    """
+    cuts = _cuts(evaluator, num_groups)
+    sums = torch.zeros(2, num_groups, dtype=torch.float64, device="cpu")
+    dealt = 0
+
+    def one(batch: Any) -> list[tuple[Tensor, float]]:
+        pieces = trees.strided(batch, cuts, evaluator.shared)
+        return [evaluator.loss(theta, piece) for piece in pieces]
+
+    def add(results: list[tuple[Tensor, float]]) -> None:
+        nonlocal dealt
+        for loss, count in results:
+            sums[0, dealt % num_groups] += count
+            sums[1, dealt % num_groups] += float(loss.detach())
+            dealt += 1
+
+    evaluator.each(one, add, grad=False)
+    weights, losses = (sums / evaluator.num_terms).unbind()
+    return weights, losses
+
+
+def _cuts(evaluator: Evaluator, num_groups: int) -> int:
+    # Pieces to cut a batch into, so that there is one for each group.
+    if evaluator.additive and evaluator.num_batches < num_groups:
+        return -(-num_groups // max(evaluator.num_batches, 1))
+    return 1
 
 
 def _dots(U: Tensor, W: Tensor) -> Tensor:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sharpkit.errors import ObjectiveError
+from sharpkit.errors import ObjectiveError, SettingsError
 from sharpkit.objective import batches as trees
 from sharpkit.objective import fisher, products
 from sharpkit.objective.admission import HvpMode, refuse_training_mode, trainable, validate
 from sharpkit.objective.checks import first_pass
 from sharpkit.objective.evaluator import Evaluator
 from sharpkit.objective.gauss_newton import OutputProducts
+from sharpkit.objective.groups import grouped_losses
 from sharpkit.objective.hessian import HessianProducts
 from sharpkit.objective.isolation import unwrap
 from sharpkit.objective.losses import BatchLoss, CriterionLoss
 from sharpkit.objective.matrix_products import MatrixProducts
 from sharpkit.objective.memory import default_budget
-from sharpkit.objective.usage import Spent, Usage
+from sharpkit.objective.shards import shards_of
+from sharpkit.objective.usage import PartlySpent, Spent, Usage
 from sharpkit.parameters import ParameterSpace, Selection, select_names
 from sharpkit.results import Cost
 
@@ -262,7 +264,8 @@ class Objective(MatrixProducts):
     def cost(self) -> Cost:
         """What was spent so far, over all objectives made from this one."""
         seconds = time.perf_counter() - self._started
-        return Cost(self._shared.hvps, self._shared.gradients, self._shared.forwards, seconds)
+        spent = self._shared
+        return Cost(round(spent.hvps), round(spent.gradients), round(spent.forwards), seconds)
 
     def at(self, theta: Tensor) -> Objective:
         """Return the same objective at other parameters ``theta [P]``.
@@ -298,6 +301,63 @@ class Objective(MatrixProducts):
         other._through.verified = self._through.verified
         return other
 
+    def shards(self, size: int | None = None) -> Iterator[Objective]:
+        """Yield the objective of the first ``size`` examples, of the next ones, and so on.
+
+        Each is a mean over its own loss terms, at the same theta. The data's order decides
+        what is in a shard, their batches do not; the last may have fewer examples. Shards
+        without a loss term (all masked) are left out. What a shard costs counts by its
+        share of the examples, and one forward pass for its number of terms.
+
+        Args:
+            size: Examples of a shard; None: the batches as they are.
+
+        Raises:
+            SettingsError: If the size is not a whole number of at least 1.
+            ObjectiveError: If the loss is not a sum over examples and a size is given.
+
+        Example:
+            >>> x = torch.arange(5.0)[:, None]
+            >>> model = nn.Linear(1, 1)
+            >>> objective = Objective(model, nn.MSELoss(), [(x[:3], x[:3]), (x[3:], x[3:])])
+            >>> [shard.num_examples for shard in objective.shards(2)]
+            [2, 2, 1]
+        """
+        if size is not None:
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise SettingsError(
+                    f"Expected shards of a whole number of examples, at least 1. Got {size!r}."
+                )
+            if not self._evaluator.additive:
+                raise ObjectiveError(
+                    "Expected a loss that is a sum over examples, to cut the data into shards."
+                    " This one depends on how the examples are batched. Use shards(None), which"
+                    " takes the batches as they are."
+                )
+        return self._shards(size)
+
+    def _shards(self, size: int | None) -> Iterator[Objective]:
+        for pieces in shards_of(self._evaluator, size):
+            other = copy.copy(self)
+            other._evaluator = evaluator = self._evaluator.on(pieces)
+            whole = self._evaluator
+            share = evaluator.num_batches / whole.num_batches  # of batches without examples
+            if whole.num_examples:
+                share = evaluator.num_examples / whole.num_examples
+            other._shared = PartlySpent(self._shared, share)
+            other._shared.forwards += 1
+            counts: list[float] = []
+            evaluator.each(
+                lambda batch, it=evaluator: it.loss(self._leaves, batch)[1],  # type: ignore[misc]
+                counts.append,
+                grad=False,
+            )
+            evaluator.num_terms = sum(counts)
+            if evaluator.num_terms > 0:
+                other._begin()
+                other._through.verified = self._through.verified
+                yield other
+
     # -- values and gradients --------------------------------------------------------
 
     @torch.inference_mode(False)  # sums must not become inference tensors
@@ -313,6 +373,16 @@ class Objective(MatrixProducts):
             lambda batch: self._evaluator.loss(self._leaves, batch), add, grad=False
         )
         return total / self.num_terms
+
+    @torch.inference_mode(False)
+    def grouped_value(self, num_groups: int = 8) -> tuple[Tensor, Tensor]:
+        """Return L by groups of the data: shares of the loss terms and of L, ``[G]`` each.
+
+        Args:
+            num_groups: Groups that the batches, or pieces of them, are dealt out to.
+        """
+        self._shared.forwards += 1
+        return grouped_losses(self._evaluator, self._leaves, num_groups)
 
     def gradient(self) -> Tensor:
         """Return the gradient of L, shape ``[P]``."""
@@ -354,6 +424,24 @@ class Objective(MatrixProducts):
         self._shared.gradients += 1
         fisher.each_gradient(self._evaluator, self._leaves, self.space.dtype, rows.append)
         return torch.stack(rows)
+
+    @torch.inference_mode(False)
+    def fisher_diagonal(self) -> Tensor:
+        """Return the mean square ``[P]`` of the examples' gradients.
+
+        The diagonal of the empirical Fisher matrix, by one backward pass an example.
+
+        Raises:
+            ObjectiveError: If the loss is not a sum over examples.
+        """
+        total = torch.zeros(self.space.dim, dtype=torch.float64, device=self.space.device)
+
+        def add(g: Tensor) -> None:
+            total.add_(g.double().square())
+
+        self._shared.gradients += 1
+        fisher.each_gradient(self._evaluator, self._leaves, self.space.dtype, add)
+        return (total / self.num_examples).to(self.space.dtype)
 
 
 def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

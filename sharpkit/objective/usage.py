@@ -14,7 +14,7 @@ from sharpkit.objective.evaluator import Evaluator
 from sharpkit.objective.probing import first_piece
 from sharpkit.objective.products import Named
 
-__all__ = ["Spent", "Usage"]
+__all__ = ["PartlySpent", "Spent", "Usage"]
 
 STEP = 1e-3  # relative: small, so that a choice such as argmax stays what it was
 LOSES = (
@@ -27,10 +27,30 @@ LOSES = (
 class Spent:
     """What all objectives made from one have in common: their cost, and what was said."""
 
-    hvps: int = 0
-    gradients: int = 0
-    forwards: int = 0
+    hvps: float = 0
+    gradients: float = 0
+    forwards: float = 0
     unused: set[str] = field(default_factory=set)  # parameters already warned of
+
+
+class PartlySpent(Spent):
+    """The cost on a part of the data, which counts for the whole by its share.
+
+    Args:
+        whole: What is told of every change.
+        share: Of the examples.
+    """
+
+    def __init__(self, whole: Spent, share: float):
+        super().__init__(unused=whole.unused)
+        self._whole, self._share = whole, share
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        whole = self.__dict__.get("_whole")
+        if whole is not None and name in ("hvps", "gradients", "forwards"):
+            more = self._share * (value - getattr(self, name))
+            setattr(whole, name, getattr(whole, name) + more)
+        super().__setattr__(name, value)
 
 
 class Usage:

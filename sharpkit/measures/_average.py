@@ -1,0 +1,50 @@
+"""What the average-case measures share: the mean rise under random perturbations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import Tensor
+
+from sharpkit.analysis import Analysis
+from sharpkit.estimators import average_rise, perturbation
+from sharpkit.estimators.ascent import Norm
+from sharpkit.measures._groups import PAIRS, rise_error
+from sharpkit.results import Estimate
+
+
+def mean_rise(
+    analysis: Analysis, scale: Tensor, *, rho: float, norm: Norm, num_pairs: int, purpose: str
+) -> Estimate:
+    """Return the mean rise of the loss under perturbations ``rho * scale * z``.
+
+    The data error is that of the mean over the first ten pairs, so it holds a little of
+    their own scatter too.
+    """
+    estimate = average_rise(
+        lambda z: analysis.loss_at(scale * z),
+        start_value=analysis.value,
+        like=scale,
+        rho=rho,
+        norm=norm,
+        num_pairs=num_pairs,
+        generator=analysis.generator(purpose),
+    )
+
+    def first() -> Iterator[Tensor]:
+        again = analysis.generator(purpose)
+        for _ in range(min(num_pairs, PAIRS)):
+            delta = rho * scale * perturbation(scale, norm, again)
+            yield from (delta, -delta)
+
+    error, draws = rise_error(analysis, first(), estimate.value)
+    # The loss at theta is in every rise, so its rounding does not average out.
+    rounding = analysis.rounding(analysis.value, analysis.value + estimate.value)
+    return replace(
+        estimate,
+        probe_error=math.hypot(estimate.probe_error or 0.0, rounding),
+        data_error=error,
+        data_draws=draws,
+    )
