@@ -117,6 +117,7 @@ def _chart(analysis: Analysis, subspace: int | None) -> Chart:
         return torch.mv(A.T, width * z)
 
     def pull(gradient: Tensor) -> Tensor:
-        return torch.mv(A, gradient) * width
+        slope: Tensor = torch.mv(A, gradient) * width
+        return slope
 
     return Chart(push, pull)
