@@ -13,6 +13,7 @@ from importlib.metadata import version
 
 from sharpkit.analysis import Analysis
 from sharpkit.errors import SharpkitError, SharpkitWarning
+from sharpkit.logits import LogitNormalized
 from sharpkit.objective import Objective
 from sharpkit.operators import SymmetricOperator, empirical_fisher, ggn, hessian, mc_fisher
 from sharpkit.overview import SpectrumSummary, compare, spectrum
@@ -25,6 +26,7 @@ __all__ = [
     "Cost",
     "Curve",
     "Estimate",
+    "LogitNormalized",
     "Objective",
     "ParameterSpace",
     "Part",

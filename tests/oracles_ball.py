@@ -114,3 +114,53 @@ def smoothed(objective, sigma=0.01, draws=4000):
         z = sigma * torch.randn(objective.space.dim, generator=g, dtype=torch.float64)
         total += (rise(z) + rise(-z)) / 2
     return total / draws
+
+
+def published(loss, slope, w, rho, norm, steps):
+    """The published ascent of arXiv:2302.07011, from its description, with no bisection.
+
+    Returns the rows (step length, projected point, perturbation, loss) and the highest rise.
+    """
+    marks, share, gap = [math.ceil(0.22 * steps)], 0.22, 0.22
+    while marks[-1] < steps:
+        gap = max(gap - 0.03, 0.06)
+        share += gap
+        if math.ceil(share * steps) == marks[-1]:
+            break
+        marks.append(math.ceil(share * steps))
+    c, d, d_before = w.abs(), torch.zeros_like(w), torch.zeros_like(w)
+    place, best, best_place = w, loss(w).item(), w
+    base, eta, eta_seen, best_seen, mark, ups, rows = best, 2 * rho, 2 * rho, best, 0, 0, []
+    for k in range(steps):
+        g = slope(place)
+        z = d + eta * c * (g.sign() if norm == "linf" else g / g.norm())
+        z = z.clamp(-rho * c, rho * c) if norm == "linf" else nearest_on_ellipsoid(z, c, rho)
+        d, d_before = 0.75 * z + 0.25 * d_before, d
+        place = w + d
+        now = loss(place).item()
+        rows.append((eta, z, d, now))
+        if now > best:
+            best, best_place, ups = now, place, ups + 1
+        if k in marks:
+            halve = ups < 0.75 * (k - mark) or (eta == eta_seen and best == best_seen)
+            eta_seen, best_seen, mark, ups = eta, best, k, 0
+            if halve:
+                eta, place = eta / 2, best_place
+    return rows, best - base
+
+
+def nearest_on_ellipsoid(z, c, rho):
+    """The nearest point with ``|z / c| <= rho``, by the root of its multiplier."""
+    if (z / c).norm() <= rho:
+        return z
+    low, high = 0.0, 1.0
+
+    def size(x):
+        return (z * c / (c**2 + x)).norm().item()
+
+    while size(high) > rho:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(middle) > rho else (low, middle)
+    return z * c**2 / (c**2 + high)

@@ -3,11 +3,11 @@
 import math
 import warnings
 
+import oracles_ball
 import pytest
 import torch
 from torch import nn
 
-import oracles_ball
 import sharpkit as sk
 from sharpkit import measures
 from sharpkit.errors import SettingsError, UnknownMeasureError
