@@ -101,7 +101,7 @@ class Spectral:
         return None if self.max_basis is None else self.max_basis - self._head_steps
 
     def _run(self) -> Krylov:
-        if self._krylov is None or self._krylov.restarts:
+        if self._krylov is None:
             self._krylov = Krylov(self.operator, self._generator("lanczos"), max_basis=self._room)
         return self._krylov
 
@@ -166,6 +166,7 @@ class Spectral:
             shared = block_size == 1
             if shared and room is not None:
                 _ = self.locked  # before a restart overwrites the run's first vectors
+                self.ritz_extremes()
             pairs = lanczos(
                 self.operator,
                 k=k,
@@ -177,8 +178,8 @@ class Spectral:
                 generator=self._generator("lanczos") if not shared else self._generator("second"),
                 krylov=self._run() if shared else None,
             )
-            if self._krylov is not None and self._krylov.restarts:
-                self._krylov.release()  # its first vectors have gone: it is of no more use
+            if shared and room is not None:
+                self._krylov = None  # its outliers are kept; another search begins anew
             return pairs
 
         return self._once(("eigenpairs", k, which, tol, max_matvecs, block_size), compute)
