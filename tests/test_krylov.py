@@ -433,8 +433,14 @@ def test_a_warm_start_does_not_hide_what_it_is_orthogonal_to():
         ({"start": torch.ones(29, 2)}, r"`start` of shape \(30, j\). Got \(29, 2\)"),
         ({"start": torch.full((30, 1), math.nan)}, "finite `start`"),
         ({"failure_probability": 0}, "`failure_probability`"),
-        ({"krylov": Krylov(wrap(torch.eye(30)), generator()), "block_size": 2}, "the run, 1. Got 2"),
-        ({"krylov": Krylov(wrap(torch.eye(30)), generator()), "start": torch.ones(30, 1)}, "beside `krylov`"),
+        (
+            {"krylov": Krylov(wrap(torch.eye(30)), generator()), "block_size": 2},
+            "the run, 1. Got 2",
+        ),
+        (
+            {"krylov": Krylov(wrap(torch.eye(30)), generator()), "start": torch.ones(30, 1)},
+            "beside `krylov`",
+        ),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -98,7 +98,8 @@ class Basis:
 
     def _rows(self, size: int) -> list[Tensor]:
         # The chunks, cut to the first vectors.
-        return [c[: size - self._rows_each * i] for i, c in enumerate(self._chunks) if size > self._rows_each * i]
+        starts = range(0, size, self._rows_each)
+        return [c[: size - at] for at, c in zip(starts, self._chunks, strict=False)]
 
     def coefficients(self, W: Tensor) -> Tensor:
         """Return ``V^T W [size, b]``."""

@@ -51,7 +51,7 @@ class RunningMoments:
         """Take in the columns of a block ``[P, K]``."""
         for entries in columns.unbind(dim=1):
             self.count += 1
-            pieces = (t.split(PIECE) for t in (entries, self.mean, self._squares))
+            pieces = (torch.split(t, PIECE) for t in (entries, self.mean, self._squares))
             for column, mean, squares in zip(*pieces, strict=True):
                 column = column.double()
                 delta = column - mean
