@@ -62,7 +62,8 @@ def main() -> None:
     ready, trial = held(), peak()
     print(f"{objective.space.dim:,} parameters: a vector is {vector:.2f} GB")
     print(
-        f"peak: {base:.2f} GB imports, {loaded:.2f} with the model, {trial:.2f} in the trial of products"
+        f"peak: {base:.2f} GB imports, {loaded:.2f} with the model, {trial:.2f} in the trial of"
+        " products"
     )
     print(f"held: {ready:.2f} GB after the first product")
     requests = [
