@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sharpkit.errors import MeasureError, SettingsError
+from sharpkit.errors import MeasureError, SettingsError, ShapeError
 from sharpkit.estimators import (
     Diagonal,
     Eigenpairs,
@@ -24,7 +24,7 @@ from sharpkit.estimators import (
 from sharpkit.objective import Objective
 from sharpkit.objective.groups import GroupForms
 from sharpkit.objective.memory import available_memory
-from sharpkit.operators import SymmetricOperator, ggn, hessian
+from sharpkit.operators import OptimizerState, SymmetricOperator, ggn, hessian
 from sharpkit.parameters import group_slices
 from sharpkit.spectral import Spectral
 
@@ -43,6 +43,8 @@ PRODUCT = 30  # products lose a few eps of their size
 NOISE = 6.0  # one random change of the last digits may be smaller than the rounding itself
 DISTANCES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 DISTANCE_FUNCTIONS = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+CLASSIFIERS = (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
+CLASSIFIER_FUNCTIONS = (F.cross_entropy, F.binary_cross_entropy_with_logits)
 SATURATED = 100  # a cross-entropy below so many eps is a difference of rounded numbers
 
 
@@ -70,6 +72,8 @@ class Analysis:
         seed: int = 0,
         max_basis: int | None = None,
         num_groups: int = 8,
+        initial: nn.Module | Mapping[str, Tensor] | Tensor | None = None,
+        optimizer: object = None,
     ):
         dim = objective.space.dim
         if max_basis is not None and not min(FEWEST_BASIS, dim) <= max_basis <= dim:
@@ -84,6 +88,10 @@ class Analysis:
             )
         self.objective, self.seed, self.num_groups = objective, seed, num_groups
         self._max_basis = max_basis
+        self._initial = None if initial is None else _initial(objective, initial)
+        self._optimizer = None
+        if optimizer is not None:
+            self._optimizer = OptimizerState.of(optimizer, objective.model)
         self._memory: dict[tuple[Any, ...], Any] = {}
 
     def _once(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
@@ -118,6 +126,47 @@ class Analysis:
             return float(value), gradient
 
         return self._once(("value_and_gradient",), compute)
+
+    def meets(self, need: str) -> bool:
+        """Return whether what a measure needs beside the objective is there.
+
+        Args:
+            need: ``"initial"``, ``"optimizer"``, or ``"labels"``: a criterion of class labels.
+        """
+        if need == "labels":
+            criterion = self.objective.criterion
+            return isinstance(criterion, CLASSIFIERS) or criterion in CLASSIFIER_FUNCTIONS
+        return {"initial": self._initial, "optimizer": self._optimizer}[need] is not None
+
+    @property
+    def initial(self) -> Tensor:
+        """The parameters before training, ``[P]``.
+
+        Raises:
+            MeasureError: If they were not given.
+        """
+        if self._initial is None:
+            raise MeasureError(
+                "Expected the parameters before training. None were given. Pass initial=... (a"
+                " module, a state dict or theta) to sharpkit.score, or define"
+                " initial(checkpoint) in the recipe."
+            )
+        return self._initial
+
+    @property
+    def optimizer(self) -> OptimizerState:
+        """What the optimizer knows: ``setting("lr")``, ``adam_diagonal(space)``.
+
+        Raises:
+            MeasureError: If it was not given.
+        """
+        if self._optimizer is None:
+            raise MeasureError(
+                "Expected the optimizer that trained the model. None was given. Pass"
+                " optimizer=... (the optimizer or its state_dict()) to sharpkit.score, or define"
+                " optimizer(checkpoint) in the recipe."
+            )
+        return self._optimizer
 
     @property
     def hessian(self) -> SymmetricOperator:
@@ -171,13 +220,17 @@ class Analysis:
                 name: self.objective.restrict(lambda n, name=name: n == name)  # type: ignore[misc]
                 for name in names
             }
-            most = self._max_basis
+            most, initial = self._max_basis, None
+            if self._initial is not None:
+                initial = space.unflatten(self._initial)
             return {
                 name: Analysis(
                     block,
                     seed=self.seed,
                     max_basis=None if most is None else min(most, block.space.dim),
                     num_groups=self.num_groups,
+                    initial=initial,
+                    optimizer=self._optimizer,
                 )
                 for name, block in blocks.items()
             }
@@ -321,3 +374,29 @@ class Analysis:
             + ROUNDING * torch.finfo(self.objective.model_dtype).eps * abs(loss)
             for loss in losses
         )
+
+
+def _initial(objective: Objective, initial: nn.Module | Mapping[str, Tensor] | Tensor) -> Tensor:
+    space = objective.space
+    if isinstance(initial, Tensor):
+        if initial.shape != (space.dim,):
+            raise SettingsError(
+                f"Expected `initial` of shape ({space.dim},). Got {tuple(initial.shape)}."
+            )
+        return initial.detach().to(space.device, space.dtype)
+    state = initial.state_dict() if isinstance(initial, nn.Module) else initial
+    if not isinstance(state, Mapping):
+        raise SettingsError(
+            "Expected `initial` to be a module, a state dict or theta [P]. Got"
+            f" {type(initial).__name__}."
+        )
+    missing = [n for n in space.names if n not in state]
+    if missing:
+        raise SettingsError(
+            f"Expected `initial` to hold every parameter. It lacks {', '.join(missing[:5])}"
+            + (f" and {len(missing) - 5} more." if len(missing) > 5 else ".")
+        )
+    try:
+        return space.flatten({n: state[n].detach() for n in space.names})
+    except ShapeError as error:
+        raise SettingsError(f"`initial` does not fit the model. {error}") from error

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor, nn
 
 from sharpkit import measures
 from sharpkit.analysis import Analysis
@@ -70,6 +71,8 @@ def score(
     seed: int = 0,
     max_basis: int | None = None,
     num_groups: int = 8,
+    initial: nn.Module | Mapping[str, Tensor] | Tensor | None = None,
+    optimizer: object = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
     on_score: Callable[[Score], None] | None = None,
@@ -82,10 +85,13 @@ def score(
 
     Args:
         objective: Model, loss and data.
-        names: Measures with settings; ``None`` asks for all of them.
+        names: Measures with settings; ``None`` asks for all whose needs are met.
         seed: Seed of every random draw.
         max_basis: Most Krylov vectors to hold; None: what a quarter of the memory holds.
         num_groups: Groups of the data for the error from the data; 0: none.
+        initial: The parameters before training, for measures that need them: a module, a
+            state dict, or theta ``[P]``.
+        optimizer: The optimizer that trained the model, or its state dict.
         provenance: Added to each score's provenance.
         progress: Called with the name of each measure before it starts.
         on_score: Called with each score as soon as it is there.
@@ -126,7 +132,16 @@ def score(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise SettingsError(f"Expected `seed` to be a whole number. Got {seed!r}.")
     parsed = [parse_request(request) for request in requests]
-    analysis = Analysis(objective, seed=seed, max_basis=max_basis, num_groups=num_groups)
+    analysis = Analysis(
+        objective,
+        seed=seed,
+        max_basis=max_basis,
+        num_groups=num_groups,
+        initial=initial,
+        optimizer=optimizer,
+    )
+    if names is None:
+        parsed = [(m, settings) for m, settings in parsed if all(map(analysis.meets, m.needs))]
     return measure_all(
         analysis, parsed, provenance=provenance, progress=progress, on_score=on_score
     )

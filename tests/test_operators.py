@@ -184,6 +184,57 @@ def test_what_is_no_adam_of_this_model():
         operators.edge_of_stability(torch.optim.Adam(model.parameters(), lr=0.0))
 
 
+def one_group(model, **options):
+    optimizer = torch.optim.Adam(model.named_parameters(), lr=0.02)
+    CE(model(X), Y).backward()
+    optimizer.step()
+    return optimizer
+
+
+def test_a_state_dict_says_the_same_as_its_optimizer():
+    model = seeded(mlp)
+    optimizer = one_group(model)
+    space = sk.Objective(model, CE, RAGGED).space
+    expected = operators.adam_diagonal(space, model, optimizer)
+    state = optimizer.state_dict()
+    assert torch.equal(operators.adam_diagonal(space, model, state), expected)
+    for group in state["param_groups"]:  # as written by torch before 2.6
+        del group["param_names"]
+    assert torch.equal(operators.adam_diagonal(space, model, state), expected)
+    read = operators.OptimizerState.of(state, model)
+    assert (read.setting("lr"), read.adam) == (0.02, True)
+    assert operators.edge_of_stability(read) == operators.edge_of_stability(optimizer)
+    # Names count, not the order of the groups.
+    names = dict(model.named_parameters())
+    turned = torch.optim.Adam([{"params": [item]} for item in reversed(names.items())], lr=0.02)
+    CE(model(X), Y).backward()
+    turned.step()
+    by_name = operators.adam_diagonal(space, model, turned.state_dict())
+    assert torch.equal(by_name, operators.adam_diagonal(space, model, turned))
+    assert not torch.equal(by_name, expected)
+
+
+def test_optimizer_states_that_cannot_be_read():
+    model, groups = trained()
+    space = sk.Objective(model, CE, RAGGED).space
+    with pytest.raises(OperatorError, match=r"2 groups, and so the order .*named_parameters"):
+        operators.adam_diagonal(space, model, groups.state_dict())
+    with pytest.raises(OperatorError, match="one 'betas' for all parameters"):
+        operators.OptimizerState.of(groups, model).setting("betas")
+    with pytest.raises(OperatorError, match=r"option 'nesterov'. This one .* has betas"):
+        operators.OptimizerState.of(groups, model).setting("nesterov")
+    with pytest.raises(OperatorError, match="Expected a torch optimizer or its state"):
+        operators.OptimizerState.of({"lr": 1}, model)
+    other = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    state = one_group(seeded(mlp)).state_dict()
+    del state["param_groups"][0]["param_names"]
+    with pytest.raises(OperatorError, match="which has 4 parameters"):
+        operators.OptimizerState.of(state, other).adam_diagonal(space)
+    swapped = {**state, "state": {i: state["state"][5 - i] for i in range(6)}}
+    with pytest.raises(OperatorError, match=r"exp_avg of .* of shape"):
+        operators.OptimizerState.of(swapped, model)
+
+
 # -- blocks ------------------------------------------------------------------------------
 
 

@@ -147,3 +147,58 @@ def test_a_perturbation_that_the_dtype_swallows_is_not_called_converged():
         estimate = sk.score(objective, [name])[0].estimate
         assert not estimate.converged
         assert any("bfloat16 changes the perturbation" in note for note in estimate.notes)
+
+
+@pytest.fixture
+def needy(monkeypatch):
+    monkeypatch.setattr(measures.registry, "_REGISTRY", dict(measures.registry._REGISTRY))
+
+    @measures.register(
+        "moved", symbol="|theta - theta_0|", reference="none", cost="none",
+        invariant_to=set(), degree=0, nonnegative=True, needs={"initial", "optimizer"},
+    )  # fmt: skip
+    def moved(analysis: sk.Analysis) -> Estimate:
+        """Distance over the learning rate."""
+        gap = (analysis.theta - analysis.initial).norm()
+        return Estimate(gap / analysis.optimizer.setting("lr"), 0.0, "bound")
+
+    return "moved"
+
+
+def test_what_a_measure_needs_is_asked_for_by_name(objective, needy):
+    start = objective.theta - 3.0
+    sgd = torch.optim.SGD(objective.model.parameters(), lr=0.5)
+    expected = 2 * (9 * objective.space.dim) ** 0.5
+    for initial in (start, objective.space.unflatten(start)):
+        for optimizer in (sgd, sgd.state_dict()):
+            score = sk.score(objective, needy, initial=initial, optimizer=optimizer)[0]
+            assert score.estimate.value == pytest.approx(expected)
+    with pytest.warns(sk.SharpkitWarning, match=r"Pass initial=\.\.\..*sharpkit\.score"):
+        scores = sk.score(objective, [needy, "gradient_norm"], optimizer=sgd)
+    assert scores[0].estimate is None
+    assert scores[1].estimate.value > 0
+    with pytest.warns(sk.SharpkitWarning, match=r"Pass optimizer=\.\.\..*sharpkit\.score"):
+        assert sk.score(objective, needy, initial=start)[0].estimate is None
+
+
+def test_all_measures_are_all_whose_needs_are_met(objective, needy, monkeypatch):
+    kept = {n: measures.get(n) for n in ("gradient_norm", needy)}
+    monkeypatch.setattr(measures.registry, "_REGISTRY", kept)
+    assert [s.measure for s in sk.score(objective)] == ["gradient_norm"]
+    sgd = torch.optim.SGD(objective.model.parameters(), lr=0.5)
+    both = sk.score(objective, initial=objective.theta, optimizer=sgd)
+    assert [s.measure for s in both] == ["gradient_norm", needy]
+
+
+@pytest.mark.parametrize(
+    ("initial", "words"),
+    [
+        (torch.zeros(3), r"`initial` of shape"),
+        ({}, r"every parameter\. It lacks"),
+        (4.0, "a module, a state dict or theta"),
+        (nn.Linear(40, 3), "Expected `initial`|does not fit"),
+    ],
+)
+def test_initial_parameters_that_do_not_fit(objective, initial, words):
+    with pytest.raises(SettingsError, match=words):
+        sk.score(objective, "gradient_norm", initial=initial)

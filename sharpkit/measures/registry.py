@@ -7,7 +7,7 @@ import inspect
 import numbers
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -15,7 +15,7 @@ from sharpkit.analysis import Analysis
 from sharpkit.errors import SettingsError, UnknownMeasureError
 from sharpkit.results import Estimate
 
-__all__ = ["SYMMETRIES", "Measure", "get", "names", "register"]
+__all__ = ["NEEDS", "SYMMETRIES", "Measure", "get", "names", "register"]
 
 SYMMETRIES: Mapping[str, str] = {
     "permutation": "hidden units are renumbered",
@@ -25,6 +25,14 @@ SYMMETRIES: Mapping[str, str] = {
     "pair_scale": "a product u * v of single weights becomes (c u) * (v / c)",
 }
 """The symmetries that claims speak of; ``sharpkit.testing`` has a test of each."""
+
+
+NEEDS: Mapping[str, str] = {
+    "initial": "the parameters before training (initial=...)",
+    "optimizer": "the optimizer that trained the model, or its state (optimizer=...)",
+    "labels": "a criterion of class labels",
+}
+"""What a measure may need beside the objective; :meth:`Analysis.meets` tells."""
 
 
 class MeasureFunction(Protocol):
@@ -53,6 +61,7 @@ class Measure:
         degree: d where ``L -> c L`` multiplies the measure by ``c^d``; None if no d does.
         nonnegative: Whether it is at least 0 for every network.
         settings: Defaults of its settings.
+        needs: What it needs beside the objective, keys of ``NEEDS``.
     """
 
     name: str
@@ -64,6 +73,7 @@ class Measure:
     degree: float | None
     nonnegative: bool
     settings: Mapping[str, Any]
+    needs: frozenset[str] = frozenset()
 
     @property
     def definition(self) -> str:
@@ -110,16 +120,21 @@ def register(
     invariant_to: set[str],
     degree: float | None,
     nonnegative: bool,
+    needs: Set[str] = frozenset(),
 ) -> Callable[[F], F]:
     """Register a measure; see :class:`Measure` for the arguments.
 
     Raises:
-        SettingsError: If the name is taken or a symmetry is unknown.
+        SettingsError: If the name is taken, or a symmetry or a need is unknown.
     """
     unknown = set(invariant_to) - set(SYMMETRIES)
     if unknown:
         raise SettingsError(
             f"Expected symmetries among {', '.join(SYMMETRIES)}. Got {', '.join(unknown)}."
+        )
+    if set(needs) - set(NEEDS):
+        raise SettingsError(
+            f"Expected needs among {', '.join(NEEDS)}. Got {', '.join(set(needs) - set(NEEDS))}."
         )
     if name in _REGISTRY:
         raise SettingsError(f"Expected a new name. A measure {name!r} is registered already.")
@@ -139,6 +154,7 @@ def register(
             degree=degree,
             nonnegative=nonnegative,
             settings=settings,
+            needs=frozenset(needs),
         )
         return function
 

@@ -240,6 +240,11 @@ class Objective(MatrixProducts):
         return self._evaluator.fingerprint
 
     @property
+    def model(self) -> nn.Module:
+        """The module that was given, without wrappers; sharpkit reads it and never writes."""
+        return self._evaluator.model
+
+    @property
     def criterion(self) -> Callable[..., Tensor] | None:
         """The criterion of ``(outputs, targets)``; None for a batch loss."""
         loss = self._evaluator.batch_loss

@@ -3,6 +3,7 @@
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.blocks import blocks
 from sharpkit.operators.curvature import empirical_fisher, ggn, hessian, mc_fisher
+from sharpkit.operators.optimizer_state import OptimizerState
 from sharpkit.operators.transforms import (
     adam_diagonal,
     adam_preconditioned,
@@ -15,6 +16,7 @@ from sharpkit.operators.transforms import (
 )
 
 __all__ = [
+    "OptimizerState",
     "SymmetricOperator",
     "adam_diagonal",
     "adam_preconditioned",

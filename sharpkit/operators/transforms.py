@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sharpkit.errors import OperatorError, ShapeError
-from sharpkit.objective.isolation import unwrap
 from sharpkit.operators.base import SymmetricOperator
+from sharpkit.operators.optimizer_state import OptimizerState
 from sharpkit.parameters import ParameterSpace
 
 __all__ = [
@@ -159,36 +160,13 @@ def adam_diagonal(space: ParameterSpace, model: nn.Module, optimizer: object) ->
     Args:
         space: Of the parameters, such as ``objective.space``.
         model: The module that the optimizer trains.
-        optimizer: ``torch.optim.Adam`` or ``AdamW`` after at least one step.
+        optimizer: ``torch.optim.Adam`` or ``AdamW`` after at least one step, or its
+            ``state_dict()``.
 
     Raises:
         OperatorError: If it is another optimizer, another model's, or has no state yet.
     """
-    optimizer = _adam(optimizer)
-    named = dict(unwrap(model).named_parameters(remove_duplicate=False))
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    unknown = [n for n in space.names if n not in named or id(named[n]) not in groups]
-    if unknown:
-        raise OperatorError(
-            f"Expected the optimizer of this model. It does not train {_some(unknown)}. Pass"
-            " the module whose parameters it was given, or leave those out with params=..."
-        )
-    idle = [n for n in space.names if "exp_avg_sq" not in optimizer.state.get(named[n], {})]
-    if idle:
-        raise OperatorError(
-            f"Expected second moments of every parameter. The optimizer has none of"
-            f" {_some(idle)}: it made no step, or they had no gradient. Load its state, or"
-            " leave them out with params=..."
-        )
-    parts = {}
-    for name in space.names:
-        p = named[name]
-        group, state = groups[id(p)], optimizer.state[p]
-        beta1, beta2 = (float(b) for b in group["betas"])
-        t = float(state["step"])
-        v = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"].detach().double()
-        parts[name] = (1 - beta1**t) * ((v / (1 - beta2**t)).sqrt() + float(group["eps"]))
-    return space.flatten(parts)
+    return OptimizerState.of(optimizer, model).adam_diagonal(space)
 
 
 def adam_preconditioned(
@@ -203,7 +181,8 @@ def adam_preconditioned(
         A: The operator, in the given parameters.
         space: Of the parameters, such as ``objective.space``.
         model: The module that the optimizer trains.
-        optimizer: ``torch.optim.Adam`` or ``AdamW`` after at least one step.
+        optimizer: ``torch.optim.Adam`` or ``AdamW`` after at least one step, or its
+            ``state_dict()``.
 
     Raises:
         ShapeError: If the space is not that of A.
@@ -221,7 +200,7 @@ def edge_of_stability(optimizer: object) -> float:
     al. 2022, arXiv:2207.14484).
 
     Args:
-        optimizer: ``torch.optim.Adam`` or ``AdamW``.
+        optimizer: ``torch.optim.Adam`` or ``AdamW``, or the :class:`OptimizerState` of one.
 
     Raises:
         OperatorError: For other optimizers, a learning rate of zero, and groups of parameters
@@ -232,8 +211,7 @@ def edge_of_stability(optimizer: object) -> float:
         >>> edge_of_stability(optimizer)
         12.0
     """
-    optimizer = _adam(optimizer)
-    found = {(float(g["lr"]), float(g["betas"][0])) for g in optimizer.param_groups}
+    found = {(float(g["lr"]), float(g["betas"][0])) for g in _adam_groups(optimizer)}
     if len(found) != 1:
         shown = ", ".join(f"lr={lr:g} and beta1={beta1:g}" for lr, beta1 in sorted(found))
         raise OperatorError(
@@ -246,17 +224,15 @@ def edge_of_stability(optimizer: object) -> float:
     return (2 + 2 * beta1) / ((1 - beta1) * lr)
 
 
-def _adam(optimizer: object) -> torch.optim.Optimizer:
-    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-        raise OperatorError(
-            f"Expected a torch.optim.Adam or AdamW. Got {type(optimizer).__name__}. For others"
-            " pass the diagonal of their preconditioner to preconditioned(A, diagonal)."
-        )
-    return optimizer
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _adam_groups(optimizer: object) -> Sequence[Mapping[str, Any]]:
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        return optimizer.param_groups
+    if isinstance(optimizer, OptimizerState) and optimizer.adam:
+        return optimizer.groups
+    kind = optimizer.kind if isinstance(optimizer, OptimizerState) else type(optimizer).__name__
+    raise OperatorError(
+        f"Expected a torch.optim.Adam or AdamW. Got {kind}, whose threshold is another one."
+    )
 
 
 def _vector(A: SymmetricOperator, vector: Tensor, name: str) -> Tensor:

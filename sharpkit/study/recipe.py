@@ -8,8 +8,10 @@ A recipe is the user's own code and runs as such. It holds either
   ``(loss_sum, num_terms)``;
 
 or one function ``objective(checkpoint)`` that returns a ready ``sharpkit.Objective``.
-Optional: ``params`` (a selection of parameters), ``load_weights = False`` (``model`` has
-done it), ``metadata(checkpoint) -> dict`` (generalization gap, hyper-parameters).
+Optional: ``initial(checkpoint)`` (the parameters before training: a module or a state dict)
+and ``optimizer(checkpoint)`` (the optimizer's state), for measures that need them;
+``params`` (a selection of parameters), ``load_weights = False`` (``model`` has done it),
+``metadata(checkpoint) -> dict`` (generalization gap, hyper-parameters).
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from sharpkit.parameters import Selection
 from sharpkit.study.checkpoints import load_checkpoint
 
 __all__ = ["Recipe", "load_recipe"]
+
+BESIDE = ("initial", "optimizer")  # what a recipe may give beside the objective
 
 
 @dataclass
@@ -107,6 +111,10 @@ class Recipe:
             objective = Objective(model, self.names["loss"], self._data, selection, dtype=dtype)
         return objective, origin
 
+    def beside(self, checkpoint: Path | None) -> dict[str, Any]:
+        """Return what the recipe gives beside the objective: ``initial`` and ``optimizer``."""
+        return {n: self._call(n, checkpoint) for n in BESIDE if n in self.names}
+
     def metadata(self, checkpoint: Path) -> dict[str, Any]:
         """Return what the recipe knows of a checkpoint; empty if it says nothing."""
         if "metadata" not in self.names:
@@ -178,6 +186,9 @@ def load_recipe(path: str | Path) -> Recipe:
         ) from error
     finally:
         sys.path.remove(folder)
+    for name in (*BESIDE, "metadata"):
+        if name in names:
+            _require_callable(path, names, name)
     if "objective" in names:
         _require_callable(path, names, "objective")
         return Recipe(path, names)
@@ -189,7 +200,7 @@ def load_recipe(path: str | Path) -> Recipe:
             f"Expected {path} to define model(), data() and loss, or objective(checkpoint)."
             f" Missing: {', '.join(missing)}."
         )
-    for name in ("model", "data", "metadata", "batch_loss"):
+    for name in ("model", "data", "batch_loss"):
         if name in names:
             _require_callable(path, names, name)
     return Recipe(path, names)

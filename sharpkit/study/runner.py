@@ -112,6 +112,7 @@ def score_checkpoints(
                 seed=seed,
                 max_basis=max_basis,
                 num_groups=num_groups,
+                **recipe.beside(checkpoint),
                 provenance={**origin, "recipe": str(recipe.path)},
                 progress=announce,
                 on_score=done.append,
