@@ -2,13 +2,14 @@
 
     python benchmarks/perturbed.py [--repeats N] [--models mlp,cnn]
 
-One thread, float32, process CPU time, 512 examples in batches of 128. In every repeat each
-runs once, in turn, with the plain forward pass (inference mode) and the plain gradient
-(torch.autograd.grad) over the same batches, nothing of sharpkit, among them; a cost is the
-median over repeats of its time over theirs in the same repeat. "ascent" is the ascent alone
-for 20 steps by 20 gradients; "measure" is all that ``sam_sharpness`` does, with the gradient
-at theta, that of the rounding level and the two forward passes of the data error, by the
-same 20. "average" is a pair of draws of ``adaptive_sharpness_average`` by two forward passes.
+One thread, float32, process CPU time, 1024 examples in batches of 512 for the MLP, 256 in
+batches of 64 for the others. In every repeat each is timed between as many plain forward
+passes (inference mode) or gradients (torch.autograd.grad) over the same batches, nothing of
+sharpkit; a cost is the median over repeats of its time over theirs. "ascent" is the ascent
+alone for 20 steps by 20 gradients; "worst case" is ``sam_sharpness`` where the gradient at
+theta and the rounding level, which measures share, are known already: the ascent and the two
+forward passes of the data error, by 20 gradients; "alone" computes those two as well.
+"average" is the mean cost of a draw of ``adaptive_sharpness_average``, by a forward pass.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ import sharpkit as sk
 from sharpkit import measures
 from sharpkit.estimators import maximize_in_ball
 
-BATCH, BATCHES, STEPS, PAIRS = 128, 4, 20, 5
+EXAMPLES, STEPS, PAIRS = {"mlp": 1024}, 20, 2
+OTHERS = 256  # examples of the other models, whose passes are longer
 CE = nn.CrossEntropyLoss()
 
 
-def data(x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    xs = torch.randn(BATCH * BATCHES, *x.shape[1:])
+def data(name: str, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    xs = torch.randn(EXAMPLES.get(name, OTHERS), *x.shape[1:])
     ys = torch.randint(10, (len(xs),))
-    return list(zip(xs.split(BATCH), ys.split(BATCH), strict=True))
+    return list(zip(xs.split(len(x)), ys.split(len(x)), strict=True))
 
 
 def timed(run: Callable[[], Any]) -> float:
@@ -47,7 +49,7 @@ def costs(name: str, repeats: int) -> dict[str, float]:
     torch.manual_seed(0)
     model, x = MODELS[name]()
     model.eval()
-    batches = data(x)
+    batches = data(name, x)
     parameters = list(model.parameters())
     objective = sk.Objective(model, CE, batches)
 
@@ -71,7 +73,10 @@ def costs(name: str, repeats: int) -> dict[str, float]:
             norm="l2", steps=STEPS, generator=torch.Generator(),
         )  # fmt: skip
 
-    def measure() -> None:
+    def worst_case() -> None:
+        measures.get("sam_sharpness")(analysis)
+
+    def alone() -> None:
         measures.get("sam_sharpness")(sk.Analysis(objective))
 
     def average() -> None:
@@ -86,18 +91,20 @@ def costs(name: str, repeats: int) -> dict[str, float]:
         "average": (average, "forward", 2 * PAIRS),
         "perturbed gradient": (lambda: analysis.loss_and_gradient_at(delta), "gradient", 1),
         "ascent": (ascent, "gradient", STEPS),
-        "measure": (measure, "gradient", STEPS),
+        "worst case": (worst_case, "gradient", STEPS),
+        "worst case alone": (alone, "gradient", STEPS),
     }
     ratios: dict[str, list[float]] = {what: [] for what in runs}
+    plain = {"forward": forward, "gradient": gradient}
     for repeat in range(repeats + 1):
-        plain = {
-            "forward": statistics.median(timed(forward) for _ in range(3)),
-            "gradient": statistics.median(timed(gradient) for _ in range(3)),
-        }
         for what, (run, unit, count) in runs.items():
-            ratio = timed(run) / (count * plain[unit])
+            # Plain passes before and after: the machine changes speed.
+            around = max(count // 2, 1)
+            times = [timed(plain[unit]) for _ in range(around)]
+            taken = timed(run)
+            times += [timed(plain[unit]) for _ in range(around)]
             if repeat:  # the first warms up
-                ratios[what].append(ratio)
+                ratios[what].append(taken / (count * statistics.fmean(times)))
     return {what: statistics.median(values) for what, values in ratios.items()}
 
 

@@ -289,12 +289,19 @@ class Analysis:
 
     def loss_at(self, delta: Tensor) -> float:
         """Return ``L(theta + delta)``; it may be inf or NaN."""
-        return float(self.objective.at(self.theta + delta).value())
+        return float(self._near(delta).value())
 
     def loss_and_gradient_at(self, delta: Tensor) -> tuple[float, Tensor]:
         """Return the value and the gradient ``[P]`` at ``theta + delta``."""
-        value, gradient = self.objective.at(self.theta + delta).value_and_gradient()
+        value, gradient = self._near(delta).value_and_gradient()
         return float(value), gradient
+
+    def _near(self, delta: Tensor) -> Objective:
+        # At theta + delta, for use at once: the memory is that of the last such call.
+        place = self._once(("place",), lambda: torch.empty_like(self.theta))
+        with torch.no_grad():
+            torch.add(self.theta, delta, out=place)
+        return self.objective.at(place, copy_theta=False)
 
     @property
     def theta(self) -> Tensor:

@@ -44,7 +44,7 @@ def broken():
         ("hessian_trace:num_probes=3,num_probes=4", SettingsError),
         ("hessian_trace:num_probes=3.5", SettingsError),
         ("hessian_trace:num_probes", SettingsError),
-        ("sam_sharpness:norm=l1", SettingsError),
+        ("sam_sharpness:norm=l7", SettingsError),
         (("hessian_trace", {"num_probes": True}), SettingsError),
         (("hessian_trace", {"num_probes": 8}, "more"), SettingsError),
         (("hessian_trace", "num_probes=8"), SettingsError),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -69,9 +69,8 @@ def steepest(gradient: Tensor, norm: Norm) -> Tensor:
 
 def dual_norm(gradient: Tensor, norm: Norm) -> float:
     """Return the largest slope over unit vectors: the norm dual to the given one."""
-    if norm == "l2":
-        return float(gradient.norm())
-    return float(gradient.abs().sum() if norm == "linf" else gradient.abs().max())
+    order = {"l1": math.inf, "l2": 2, "linf": 1}[norm]
+    return float(torch.linalg.vector_norm(gradient, order))
 
 
 def project(point: Tensor, rho: float, norm: Norm) -> Tensor:
@@ -84,7 +83,7 @@ def project(point: Tensor, rho: float, norm: Norm) -> Tensor:
     if norm == "linf":
         return point.clamp(-rho, rho)
     if norm == "l2":
-        length = float(point.norm())
+        length = float(torch.linalg.vector_norm(point))
         return point * (rho / length) if length > rho else point
     size = point.abs()
     if float(size.sum(dtype=torch.float64)) <= rho:
@@ -208,7 +207,8 @@ def maximize_in_ball(
         z = random_in_ball(start_gradient, rho, norm, generator)
         return z if frozen is None else z.masked_fill(frozen, 0.0)
 
-    start = (start_value, torch.zeros_like(start_gradient), start_gradient)
+    reach = rho * dual_norm(start_gradient, norm)
+    start = Met(start_value, torch.zeros_like(start_gradient), start_gradient, 0.0, reach)
     search = _Search(function, rho, norm, steps, start)
     slope = start_gradient
     if not bool(slope.any()):
@@ -228,7 +228,18 @@ def maximize_in_ball(
     )
 
 
-Met: TypeAlias = tuple[float, Tensor, Tensor]  # a value, where, and the gradient there
+class Met(NamedTuple):
+    """A point that was looked at."""
+
+    value: float
+    point: Tensor
+    slope: Tensor
+    along: float  # slope . point
+    reach: float  # the most that slope . z is in the ball
+
+
+def _gap(met: Met) -> float:
+    return max(met.reach - met.along, 0.0)
 
 
 class _Search:
@@ -238,18 +249,19 @@ class _Search:
         self.function, self.rho, self.norm = function, rho, norm
         self.left, self.steps = steps, steps
         self.best = start
-        self.floor = start[0]
+        self.floor = start.value
         self.non_finite = 0
 
     def evaluate(self, point: Tensor) -> Met | None:
         """Spend a step on a point; None if the function is not finite there."""
         self.left -= 1
         value, slope = self.function(point)
-        if not (math.isfinite(value) and bool(torch.isfinite(slope).all())):
+        reach = self.rho * dual_norm(slope, self.norm)  # not finite where an entry is not
+        if not (math.isfinite(value) and math.isfinite(reach)):
             self.non_finite += 1
             return None
-        met = (value, point, slope)
-        if value > self.best[0]:
+        met = Met(value, point, slope, float(torch.dot(slope, point)), reach)
+        if value > self.best.value:
             self.best = met
         return met
 
@@ -260,10 +272,10 @@ class _Search:
             met = self.evaluate(point)
             if met is not None:
                 self.best = met  # a start of its own, though the origin may be higher
-                self.run(met[2])
+                self.run(met.slope)
                 break
             point = point / 2
-        if origin[0] > self.best[0]:
+        if origin.value > self.best.value:
             self.best = origin
 
     def run(self, slope: Tensor) -> None:
@@ -276,25 +288,20 @@ class _Search:
 
     def result(self, start_value: float) -> Ascent:
         """Return the best point, as it differs from the start."""
-        value, point, _ = self.best
-        gap, rise = self._gap(self.best), value - start_value
+        best = self.best
+        gap, rise = _gap(best), best.value - start_value
         return Ascent(
-            value=value,
-            point=point,
+            value=best.value,
+            point=best.point,
             gap=gap,
             converged=rise > 0 and gap <= GAP_TOLERANCE * rise,
             evaluations=self.steps - self.left,
             non_finite=self.non_finite,
         )
 
-    def _gap(self, met: Met) -> float:
-        _, point, slope = met
-        reach = self.rho * dual_norm(slope, self.norm)
-        return max(reach - float(torch.dot(slope, point)), 0.0)
-
     def _auto_pgd(self, slope: Tensor, steps: int) -> None:
         rho, norm = self.rho, self.norm
-        value, point, _ = self.best
+        value, point = self.best[:2]
         previous, eta = point, 2 * rho
         marks = checkpoints(steps)
         increases = since = 0
@@ -310,22 +317,22 @@ class _Search:
             if met is None:  # take it back: go on from the best finite point
                 eta /= 2
                 value, point = self.best[:2]
-                slope = self.best[2] if bool(self.best[2].any()) else slope
+                slope = self.best.slope if bool(self.best.slope.any()) else slope
                 previous = point
                 continue
-            increases += met[0] > value
+            increases += met.value > value
             previous = point
-            value, point, slope = met
+            value, point, slope = met[:3]
             if step in marks:
                 few = increases < ENOUGH_INCREASES * since
-                stuck = not halved and self.best[0] <= best_at_mark
+                stuck = not halved and self.best.value <= best_at_mark
                 halved = few or stuck
                 if halved:
                     eta /= 2
-                    value, point, slope = self.best
+                    value, point, slope = self.best[:3]
                     previous = point
                 increases = since = 0
-                best_at_mark = self.best[0]
+                best_at_mark = self.best.value
 
     def _sparser(self, slope: Tensor, steps: int) -> None:
         size = slope.numel()
@@ -340,24 +347,25 @@ class _Search:
             met = self.evaluate(slope * (self.rho / length))
             if met is None:
                 return
-            slope = met[2]
+            slope = met.slope
 
     def _polish(self) -> None:
         rho, norm = self.rho, self.norm
         here, reduced = self.best, self._reduced(self.best)
         before: tuple[Met, Tensor] | None = None
-        recent = [here[0]]
+        recent = [here.value]
         shorten = 1.0
-        while self.left > 0 and self._gap(here) > STATIONARY * abs(here[0] - self.floor):
+        while self.left > 0 and _gap(here) > STATIONARY * abs(here.value - self.floor):
             length = self._length(here, reduced, before)
             if length is None and shorten == 1.0:
-                target = rho * steepest(here[2], norm)
+                target = rho * steepest(here.slope, norm)
             else:
                 if length is None:  # as far as the ball goes
                     length = 2 * rho / float(reduced.norm())
-                target = project(here[1] + shorten * length * reduced, rho, norm)
+                target = torch.add(here.point, reduced, alpha=shorten * length)
+                target = project(target, rho, norm)
             met = self.evaluate(target)
-            if met is None or met[0] < min(recent):
+            if met is None or met.value < min(recent):
                 if here is not self.best:
                     here, before = self.best, None
                     reduced = self._reduced(here)
@@ -366,7 +374,7 @@ class _Search:
             shorten = 1.0
             before = (here, reduced)
             here, reduced = met, self._reduced(met)
-            recent = [*recent[-RECENT:], met[0]]
+            recent = [*recent[-RECENT:], met.value]
 
     def _length(
         self, here: Met, reduced: Tensor, before: tuple[Met, Tensor] | None
@@ -374,7 +382,7 @@ class _Search:
         # Barzilai and Borwein's step; None where the function is convex along the last one.
         if before is None:
             return None
-        moved, turned = here[1] - before[0][1], reduced - before[1]
+        moved, turned = here.point - before[0].point, reduced - before[1]
         if self.norm == "linf":  # only what is free now
             moved, turned = moved * (reduced != 0), turned * (reduced != 0)
         curvature = -float(torch.dot(moved, turned))
@@ -384,16 +392,15 @@ class _Search:
 
     def _reduced(self, met: Met) -> Tensor:
         # The part of the gradient that the ball does not stop.
-        _, point, slope = met
-        rho = self.rho
+        point, slope, rho = met.point, met.slope, self.rho
         if self.norm == "linf":
             stopped = (point.abs() >= rho * (1 - ON_THE_EDGE)) & (slope * point > 0)
             return slope.masked_fill(stopped, 0.0)
         if self.norm == "l2":
-            push = float(torch.dot(slope, point)) / rho**2
-            if push <= 0 or float(point.norm()) < rho * (1 - ON_THE_EDGE):
+            push = met.along / rho**2
+            if push <= 0 or float(torch.linalg.vector_norm(point)) < rho * (1 - ON_THE_EDGE):
                 return slope
-            return slope - push * point
+            return torch.add(slope, point, alpha=-push)
         push = float((slope * point.sign()).sum() / (point != 0).sum().clamp(min=1))
         if push <= 0 or float(point.abs().sum()) < rho * (1 - ON_THE_EDGE):
             return slope

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -272,18 +272,24 @@ class Objective(MatrixProducts):
         spent = self._shared
         return Cost(round(spent.hvps), round(spent.gradients), round(spent.forwards), seconds)
 
-    def at(self, theta: Tensor) -> Objective:
+    def at(self, theta: Tensor, *, copy_theta: bool = True) -> Objective:
         """Return the same objective at other parameters ``theta [P]``.
 
         They are rounded to the model's dtype: in bfloat16 a small perturbation may vanish,
         so measure perturbed losses with ``dtype=torch.float32``.
+
+        Args:
+            theta: The parameters.
+            copy_theta: Whether to copy them; otherwise they must not change while the
+                objective is used.
 
         Raises:
             ShapeError: If theta does not have shape ``[P]``.
         """
         parts = self.space.unflatten(theta.detach())
         other = copy.copy(self)
-        other._leaves = _leaves({n: t.to(self._leaves[n].dtype) for n, t in parts.items()})
+        cast = {n: t.to(self._leaves[n].dtype) for n, t in parts.items()}
+        other._leaves = _leaves(cast, copied=copy_theta)
         other._hessian = self._hessian.at(other._leaves)
         other._through = self._through.at(other._leaves)
         return other
@@ -399,17 +405,19 @@ class Objective(MatrixProducts):
         self._shared.gradients += 1
         total = torch.zeros((), dtype=torch.float64, device="cpu")
         gradient = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
+        parts = list(self.space.unflatten(gradient).values())
         used = [False] * len(self._leaves)
 
-        def one(batch: Any) -> tuple[Tensor, Tensor, list[bool]]:
+        def one(batch: Any) -> tuple[Tensor, Sequence[Tensor | None]]:
             loss = self._evaluator.share(self._leaves, batch)
-            grad, flags = products.flat_gradient(loss, self._leaves, self.space.dtype)
-            return loss.detach(), grad, flags
+            return loss.detach(), products.gradients(loss, self._leaves)
 
-        def add(result: tuple[Tensor, Tensor, list[bool]]) -> None:
+        def add(result: tuple[Tensor, Sequence[Tensor | None]]) -> None:
             total.add_(result[0].cpu().double())
-            gradient.add_(result[1])
-            used[:] = [a or b for a, b in zip(used, result[2], strict=True)]
+            for i, grad in enumerate(result[1]):
+                if grad is not None:
+                    parts[i].add_(grad)
+                    used[i] = True
 
         self._evaluator.each(one, add, grad=True, theta=self._leaves)
         self._usage(used)
@@ -449,7 +457,10 @@ class Objective(MatrixProducts):
         return (total / self.num_examples).to(self.space.dtype)
 
 
-def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _leaves(tensors: dict[str, Tensor], *, copied: bool = True) -> dict[str, Tensor]:
     # Copies to differentiate by, also when made inside torch.inference_mode.
     with torch.inference_mode(False), torch.no_grad():
-        return {n: t.clone().requires_grad_() for n, t in tensors.items()}
+        return {
+            n: (t.clone() if copied or t.is_inference() else t.detach()).requires_grad_()
+            for n, t in tensors.items()
+        }

@@ -22,6 +22,7 @@ __all__ = [
     "flat_gradient",
     "forward_over_reverse",
     "gradient_graph",
+    "gradients",
     "saved_bytes",
 ]
 
@@ -63,11 +64,17 @@ def columns(V: Tensor, theta: Named) -> list[list[Tensor]]:
 
 def flat_gradient(loss: Tensor, theta: Named, dtype: torch.dtype) -> tuple[Tensor, list[bool]]:
     """Return the gradient ``[P]`` and which parameters the loss uses."""
-    like = list(theta.values())
-    grads: Sequence[Tensor | None] = [None] * len(like)
-    if loss.requires_grad:  # or the batch says nothing about these parameters
-        grads = torch.autograd.grad(loss, like, allow_unused=True)
-    return flat(grads, like, dtype), [g is not None for g in grads]
+    grads = gradients(loss, theta)
+    return flat(grads, list(theta.values()), dtype), [g is not None for g in grads]
+
+
+def gradients(loss: Tensor, theta: Named) -> Sequence[Tensor | None]:
+    """Return the gradient by each parameter; None for those that the loss does not use."""
+    if not loss.requires_grad:  # the batch says nothing about these parameters
+        return [None] * len(theta)
+    grads: Sequence[Tensor | None]
+    grads = torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
+    return grads
 
 
 @dataclass
