@@ -174,6 +174,22 @@ def test_what_is_exactly_zero_stays_zero_in_every_start():
         assert e.details["frozen"] == 2
 
 
+def test_frozen_entries_are_zero_at_every_point_looked_at():
+    frozen = torch.tensor([True, False, False, True, False])
+    for norm in ("l1", "l2", "linf"):
+        seen = []
+
+        def f(z, seen=seen):
+            seen.append(z)
+            free = z.masked_fill(frozen, 0.0)
+            return (free @ free).item(), 2 * free  # without a gradient at 0
+
+        best = climb(f, torch.zeros(5).double(), 1.0, norm, restarts=3)
+        assert best.value > 0.9
+        assert torch.stack(seen)[:, frozen].abs().max() == 0
+        assert len(best.tops) == 4
+
+
 def test_a_loss_that_is_not_finite_in_the_ball_is_kept_out_and_said():
     class Log(nn.Module):
         def __init__(self):
@@ -239,6 +255,26 @@ def test_one_step_badly_underestimates_near_a_minimum():
     assert objective.gradient().norm() < 1e-3
     assert many.value == pytest.approx(0.5 * 0.05**2 * top, rel=0.1)
     assert one.value < 0.5 * many.value
+
+
+@pytest.mark.parametrize("kind", ["node_scale", "orthogonal"])
+def test_worst_cases_are_what_a_plain_ascent_gives(kind):
+    objective = symmetric_pair(kind, 1)[0]
+    found = {"asam_sharpness": oracles.asam, "fisher_sam_sharpness": oracles.fisher_sam,
+             "keskar_sharpness": oracles.keskar, "m_sharpness": oracles.m_sharpness}  # fmt: skip
+    for name, exact in found.items():
+        e, truth = measured(objective, name, steps=60), exact(objective)
+        assert e.value == pytest.approx(truth, rel=2e-3), name
+        assert e.error_kind == "lower_bound"
+
+
+def test_the_smoothed_loss_is_what_many_draws_give():
+    objective = symmetric_pair("node_scale", 1)[0]
+    e, truth = measured(objective, "gaussian_smoothed_sharpness"), oracles.smoothed(objective)
+    assert abs(e.value - truth) < 5 * e.probe_error
+    assert e.probe_error < 0.2 * truth
+    (smoothed,) = e.parts
+    assert smoothed.value == pytest.approx(objective.value().item() + e.value, rel=1e-12)
 
 
 # -- metrics -------------------------------------------------------------------------------
