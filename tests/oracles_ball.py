@@ -107,7 +107,7 @@ def m_sharpness(objective, m=128):
     return climbed(objective, torch.ones_like(objective.theta), 0.05)
 
 
-def smoothed(objective, sigma=0.01, draws=4000):
+def smoothed(objective, sigma=0.01, draws=2000):
     g = torch.Generator().manual_seed(11)
     rise, total = rises(objective), 0.0
     for _ in range(draws):
