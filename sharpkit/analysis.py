@@ -43,8 +43,6 @@ PRODUCT = 30  # products lose a few eps of their size
 NOISE = 6.0  # one random change of the last digits may be smaller than the rounding itself
 DISTANCES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 DISTANCE_FUNCTIONS = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
-CLASSIFIERS = (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
-CLASSIFIER_FUNCTIONS = (F.cross_entropy, F.binary_cross_entropy_with_logits)
 SATURATED = 100  # a cross-entropy below so many eps is a difference of rounded numbers
 
 
@@ -134,8 +132,7 @@ class Analysis:
             need: ``"initial"``, ``"optimizer"``, or ``"labels"``: a criterion of class labels.
         """
         if need == "labels":
-            criterion = self.objective.criterion
-            return isinstance(criterion, CLASSIFIERS) or criterion in CLASSIFIER_FUNCTIONS
+            return self.objective.has_labels
         return {"initial": self._initial, "optimizer": self._optimizer}[need] is not None
 
     @property
@@ -295,6 +292,23 @@ class Analysis:
         """Return the value and the gradient ``[P]`` at ``theta + delta``."""
         value, gradient = self.objective.at(self.theta + delta).value_and_gradient()
         return float(value), gradient
+
+    @property
+    def error_rate(self) -> float:
+        """The share of class labels that the network misses.
+
+        Raises:
+            MeasureError: If there are no class labels.
+        """
+        return self._once(("error_rate",), self.objective.error_rate)
+
+    def error_rate_at(self, delta: Tensor) -> float:
+        """Return the share of class labels missed at ``theta + delta``."""
+        return self.objective.at(self.theta + delta).error_rate()
+
+    def shared(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
+        """Return what measures share under a key, computed by the first that asks."""
+        return self._once(("shared", *key), compute)
 
     @property
     def theta(self) -> Tensor:
