@@ -37,7 +37,7 @@ __all__ = [
 EXACT = 1e-6  # relative, in float64, for what is not drawn at random
 DEVIATIONS = 6  # combined errors that two estimates of one number may lie apart
 CHANGED = 1e-3  # relative: what is not claimed must move at least so much
-EFFORT = (1, 20)  # times the usual number of draws, to tell a change from noise
+EFFORT = (1, 4, 20)  # times the usual number of draws, to tell a change from noise
 NEIGHBOURS = 8  # other measures that are computed beside one
 SEEDS = (0, 1, 2)
 

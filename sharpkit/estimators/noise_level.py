@@ -18,7 +18,8 @@ __all__ = ["NoiseLevel", "noise_level"]
 SMALLEST = 1e-6  # of the largest sigma: the bracket's lower end
 FEW = 2  # pairs that narrow the bracket down
 COARSE = 1.5  # ratio of the bracket's ends when all pairs join in
-NEAREST, FARTHEST = 0.02, 0.25  # log-distance of the points that the curve is drawn through
+NEAREST, FARTHEST = 0.02, 0.6  # log-distance of the points that the curve is drawn through
+APART = 4  # standard errors of log sigma between them, so that the slope is well known
 ROUNDS = 4  # times that the middle point is moved
 
 
@@ -29,7 +30,7 @@ class NoiseLevel:
     Attributes:
         sigma: The root for the mean over all pairs of draws; the largest sigma tried if no
             root was met.
-        without: The root without each pair in turn; empty if none was met.
+        without: The root without each pair in turn, to first order; empty if none was met.
         reached: Whether the drop reaches the target.
         bracket: Between which sigmas it was sought.
         evaluations: Values of the function.
@@ -41,15 +42,24 @@ class NoiseLevel:
     bracket: tuple[float, float]
     evaluations: int
 
-    def jackknife(self, g: Callable[[float], float]) -> tuple[float, float, tuple[float, ...]]:
-        """Return ``g(sigma)`` with its bias removed, its standard error, and pseudo-values."""
+    def of(self, g: Callable[[float], float]) -> tuple[float, float, tuple[float, ...]]:
+        """Return ``g(sigma)``, its standard error, and one value a pair with this scatter.
+
+        The error is the change of g over one standard error of log sigma, up or down,
+        whichever is larger: steep functions such as ``1 / sigma^2`` are lopsided.
+        """
         count, whole = len(self.without), g(self.sigma)
         if not count:
             return whole, math.inf, ()
-        others = np.array([g(s) for s in self.without])
-        draws = count * whole - (count - 1) * others
-        error = float(draws.std(ddof=1) / math.sqrt(count))
-        return float(draws.mean()), error, tuple(float(x) for x in draws)
+        logs = math.log(self.sigma) - np.log(self.without)
+        width = math.sqrt((count - 1) / count * float(np.square(logs - logs.mean()).sum()))
+        ends = [g(self.sigma * math.exp(sign * width)) for sign in (1, -1)]
+        error = max(abs(end - whole) for end in ends)
+        off = np.array([whole - g(s) for s in self.without])
+        off -= off.mean()
+        scatter = float(off.std(ddof=1) / math.sqrt(count))
+        draws = whole + off * (error / scatter if scatter > 0 else 0.0)
+        return whole, error, tuple(float(x) for x in draws)
 
 
 def noise_level(
@@ -84,7 +94,7 @@ def noise_level(
         >>> level = noise_level(
         ...     lambda sigma, z: sigma**2 * float(z @ z), target=0.5, like=torch.zeros(50),
         ...     largest=10.0, num_pairs=16, generator=torch.Generator().manual_seed(0))
-        >>> value, error, _ = level.jackknife(lambda sigma: sigma)
+        >>> value, error, _ = level.of(lambda sigma: sigma)
         >>> abs(value - 0.1) < 4 * error < 0.02
         True
     """
@@ -100,17 +110,16 @@ def noise_level(
     if bracket is None:
         return NoiseLevel(largest, (), False, (smallest, largest), curve.evaluations)
     low, high = bracket
-    rows, slope = _points(curve, target, low, high)
-    middle, width = rows.middle, rows.width
-    x = _root(rows.values.mean(axis=1), width, target, slope)
-    count = rows.values.shape[1]
-    total = rows.values.sum(axis=1)
-    without = [
-        _root((total - rows.values[:, j]) / (count - 1), width, target, slope) for j in range(count)
-    ]
+    points, slope = _points(curve, target, low, high)
+    middle, width = points.middle, points.width
+    x = _root(points.values.mean(axis=1), width, target, slope)
+    here = _parabola(points.values, width, x)  # the drop of each pair at the root
+    count = len(here)
+    # One slope for all: those of the means without a pair would scatter on their own.
+    without = middle + x + (here - here.mean()) / ((count - 1) * slope)
     return NoiseLevel(
         sigma=math.exp(middle + x),
-        without=tuple(math.exp(middle + y) for y in without),
+        without=tuple(math.exp(y) for y in without),
         reached=True,
         bracket=(smallest, largest),
         evaluations=curve.evaluations,
@@ -203,7 +212,7 @@ def _points(curve: _Curve, target: float, low: float, high: float) -> tuple[_Poi
     for _ in range(ROUNDS):
         here = curve.rows(math.exp(middle))
         scatter = float(here.std(ddof=1)) / math.sqrt(len(here)) if np.isfinite(here).all() else 0
-        width = min(max(2 * scatter / slope, NEAREST), FARTHEST)
+        width = min(max(APART * scatter / slope, NEAREST), FARTHEST)
         values = np.stack(
             [curve.rows(math.exp(middle - width)), here, curve.rows(math.exp(middle + width))]
         )
@@ -219,6 +228,14 @@ def _points(curve: _Curve, target: float, low: float, high: float) -> tuple[_Poi
             break
         middle += max(-2 * width, min(2 * width, x))
     return _Points(middle, width, values), slope
+
+
+def _parabola(values: np.ndarray, width: float, x: float) -> np.ndarray:
+    # Through the columns of values at (-width, 0, width), at x.
+    below, here, above = values
+    slope, bend = (above - below) / (2 * width), (above - 2 * here + below) / (2 * width**2)
+    result: np.ndarray = here + x * (slope + x * bend)
+    return result
 
 
 def _root(means: Sequence[float] | np.ndarray, width: float, target: float, slope: float) -> float:

@@ -78,8 +78,8 @@ def of_sigma(
 ) -> Estimate:
     """Return a function of sigma with the error from the draws."""
     details = {
-        "sigma": level.jackknife(lambda s: s)[0],
-        "sigma_error": level.jackknife(lambda s: s)[1],
+        "sigma": level.sigma,
+        "sigma_error": level.of(lambda s: s)[1] if level.reached else None,
         "bracket": list(level.bracket),
         "drop": drop,
         "target": target,
@@ -93,7 +93,7 @@ def of_sigma(
             details=details,
             notes=(unreached(drop, target, f"sigma = {level.sigma:g}"),),
         )
-    value, error, draws = level.jackknife(function)
+    value, error, draws = level.of(function)
     scale = analysis.theta.abs() if magnitude else torch.ones_like(analysis.theta)
     notes = lost_in_rounding(analysis, level.sigma * scale)
     return Estimate(

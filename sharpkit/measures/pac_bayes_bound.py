@@ -13,7 +13,7 @@ from sharpkit.results import Estimate
     symbol="|theta - theta_0|^2/(4 sigma^2) + log(m/sigma) + 10",
     reference="Jiang et al. 2020, arXiv:1912.02178, eq. 48 and 49; Dziugaite et al. 2020,"
     " arXiv:2010.11924",
-    cost="about 12 num_pairs + 30 forwards (220), shared with pac_bayes_flatness",
+    cost="about 11 num_pairs + 30 forwards (380), shared with pac_bayes_flatness",
     invariant_to={"permutation", "orthogonal"},
     degree=0,
     nonnegative=False,
@@ -25,7 +25,7 @@ def pac_bayes_bound(
     reference: Reference = "init",
     drop: Drop = "accuracy",
     target: float = 0.1,
-    num_pairs: int = 16,
+    num_pairs: int = 32,
     largest: float = 2.0,
     num_examples: int | None = None,
 ) -> Estimate:

@@ -13,7 +13,7 @@ from sharpkit.results import Estimate
     symbol="sum_i log(...)/4 + log(m/sigma') + 10",
     reference="Jiang et al. 2020, arXiv:1912.02178, eq. 56 and 57; Dziugaite et al. 2020,"
     " arXiv:2010.11924",
-    cost="about 12 num_pairs + 30 forwards (220)",
+    cost="about 11 num_pairs + 30 forwards (380)",
     invariant_to={"permutation"},
     degree=0,
     nonnegative=False,
@@ -25,7 +25,7 @@ def pac_bayes_magnitude_bound(
     reference: Reference = "init",
     drop: Drop = "accuracy",
     target: float = 0.1,
-    num_pairs: int = 16,
+    num_pairs: int = 32,
     largest: float = 2.0,
     epsilon: float = 1e-3,
     num_examples: int | None = None,

@@ -262,11 +262,11 @@ def path_sum(evaluator: Evaluator, theta: Named) -> float:
             found = torch.autograd.grad(total, wanted, allow_unused=True)
             slopes = [s for s in found if s is not None]
         lowest = min((float(s.min()) for s in slopes), default=0.0)
-        if lowest < 0 or float(out.min()) < 0:
+        if lowest < 0 or float(out.detach().min()) < 0:
             raise MeasureError(
                 f"{_WANTED} This one subtracts: a larger squared weight lowers an output."
             )
-        result.append(float(total))
+        result.append(float(total.detach()))
 
     _first_example(double, work, count=EXAMPLES)
     return result[0]
