@@ -126,14 +126,23 @@ class Analysis:
         return self._once(("value_and_gradient",), compute)
 
     def meets(self, need: str) -> bool:
-        """Return whether what a measure needs beside the objective is there.
+        """Return whether what a measure needs is there.
 
         Args:
-            need: ``"initial"``, ``"optimizer"``, or ``"labels"``: a criterion of class labels.
+            need: ``"initial"``, ``"optimizer"``; ``"labels"``: a criterion of class labels;
+                ``"examples"``: a loss that is a sum over four examples or more; ``"layers"``:
+                linear maps; ``"paths"``: a network of homogeneous layers.
         """
-        if need == "labels":
-            return self.objective.has_labels
-        return {"initial": self._initial, "optimizer": self._optimizer}[need] is not None
+        objective = self.objective
+        found: dict[str, Callable[[], bool]] = {
+            "initial": lambda: self._initial is not None,
+            "optimizer": lambda: self._optimizer is not None,
+            "labels": lambda: objective.has_labels,
+            "examples": lambda: objective.adds_up and objective.num_examples >= FEWEST_GROUPS,
+            "layers": lambda: _defined(objective.linear_layers),
+            "paths": lambda: _defined(objective.path_sum),
+        }
+        return self._once(("meets", need), found[need])
 
     @property
     def initial(self) -> Tensor:
@@ -388,6 +397,14 @@ class Analysis:
             + ROUNDING * torch.finfo(self.objective.model_dtype).eps * abs(loss)
             for loss in losses
         )
+
+
+def _defined(compute: Callable[[], object]) -> bool:
+    try:
+        compute()
+    except MeasureError:
+        return False
+    return True
 
 
 def _initial(objective: Objective, initial: nn.Module | Mapping[str, Tensor] | Tensor) -> Tensor:

@@ -155,3 +155,18 @@ def alpha(objective, magnitude, target=0.1, tries=300):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if found(middle) else (middle, high)
     return math.sqrt(low * high)
+
+
+def in_the_box(radius, objective):
+    """Return the sigma that keeps all entries in the box half of the time, by the union bound."""
+    return radius / math.sqrt(2 * math.log(2 * objective.space.dim))
+
+
+def sharpness_bound(objective):
+    square = (objective.theta - initial_of(objective)).square().sum().item()
+    noise = in_the_box(alpha(objective, False), objective)
+    return bound(square, noise, len(data_of(objective)[0]))
+
+
+def sharpness_magnitude_bound(objective):
+    return magnitude_bound(objective, in_the_box(alpha(objective, True), objective))

@@ -26,6 +26,7 @@ MODEL_FUNCTIONS = (F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logi
     invariant_to={"permutation", "orthogonal", "layer_scale", "node_scale", "pair_scale"},
     degree=2,
     nonnegative=True,
+    needs={"examples"},
 )
 def fisher_rao_norm(
     analysis: Analysis, *, fisher: Literal["empirical", "true"] = "empirical"

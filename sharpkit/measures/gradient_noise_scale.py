@@ -29,6 +29,7 @@ ROUNDING = 100  # of eps
     invariant_to={"permutation", "orthogonal"},
     degree=0,
     nonnegative=True,
+    needs={"examples"},
 )
 def gradient_noise_scale(analysis: Analysis, *, group_size: int | None = None) -> Estimate:
     r"""Batch size at which the noise of a gradient is as large as the gradient.

@@ -20,6 +20,7 @@ ROUNDING = 1e3  # products of squares along many layers, in eps of float64
     invariant_to={"permutation", "layer_scale", "node_scale"},
     degree=0,
     nonnegative=True,
+    needs={"paths"},
 )
 def path_norm(analysis: Analysis, *, squared: bool = False) -> Estimate:
     r"""Root of the sum, over all paths from inputs to outputs, of the product of squared weights.

@@ -25,6 +25,7 @@ ROUNDING = 30  # in eps of float64
     invariant_to={"permutation", "layer_scale"},
     degree=0,
     nonnegative=False,
+    needs={"layers"},
 )
 def spectral_norms(analysis: Analysis, *, tol: float = 1e-4, max_matvecs: int = 400) -> Estimate:
     r"""Logarithm of the product of the layers' squared spectral norms; each norm as a part.

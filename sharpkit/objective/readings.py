@@ -121,6 +121,11 @@ class Readings:
 
     # -- examples --------------------------------------------------------------------
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether the loss is a sum over examples, which then have gradients of their own."""
+        return self._evaluator.additive
+
     @torch.inference_mode(False)
     def example_slopes(self, v: Tensor) -> Tensor:
         r"""Return :math:`v^\top g_n` of each example's gradient, ``[N]`` in float64.
