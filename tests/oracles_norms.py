@@ -1,5 +1,6 @@
 """Exact values of the norms, margins and PAC-Bayes measures, written another way."""
 
+import itertools
 import math
 
 import torch
@@ -127,31 +128,38 @@ def pac_bayes_magnitude_bound(objective):
     return magnitude_bound(objective, sigma(objective, True, epsilon=1e-3))
 
 
-def alpha(objective, magnitude, target=0.1, tries=300):
-    """Search boxes of bisected size by signed steps from random corners."""
-    g = torch.Generator().manual_seed(3)
-    theta = objective.theta
+def alpha(objective, magnitude, target=0.1):
+    """Search boxes of bisected size, once for every set of labels that would be enough."""
+    theta, y = objective.theta, data_of(objective)[1]
     scale = theta.abs() if magnitude else torch.ones_like(theta)
-    base = error_rates(objective, theta[None]).item()
-    corners = torch.randn(tries, len(theta), generator=g, dtype=torch.float64).sign()
-    x, y = data_of(objective)
+    needed = math.floor(target * len(y)) + 1  # the labels are the network's own
+    sets = torch.zeros(math.comb(len(y), needed), len(y)).double()
+    for row, chosen in zip(sets, itertools.combinations(range(len(y)), needed), strict=True):
+        row[list(chosen)] = 1
 
-    def loss(v):
-        return objective.criterion(functional_call(objective.model, objective.space.unflatten(v), (x,)), y)  # fmt: skip
+    def loss(v, chosen):
+        z = outputs_at(objective)(v)
+        if z.ndim == 1:
+            m = (2 * y - 1) * z
+        else:
+            other = z.masked_fill(torch.nn.functional.one_hot(y, z.shape[1]).bool(), -math.inf)
+            m = z.gather(1, y[:, None])[:, 0] - other.amax(1)
+        return -(chosen * m.clamp(min=0)).sum()
 
     slopes = vmap(torch.func.grad(loss))
 
     def found(radius):
-        z = torch.cat([corners * radius, torch.zeros(1, len(theta)).double()])
-        for k in range(30):
-            if (error_rates(objective, theta + scale * z) > base + target).any():
+        z = torch.zeros(len(sets), len(theta)).double()
+        for k in range(25):
+            z = (z + 2 * radius * 0.8**k * slopes(theta + scale * z, sets).sign()).clamp(
+                -radius, radius
+            )
+            if (error_rates(objective, theta + scale * z) > target).any():
                 return True
-            step = slopes(theta + scale * z).sign() * scale.sign()
-            z = (z + radius * 0.85**k * step).clamp(-radius, radius)
         return False
 
-    low, high = 1e-5, 2.0
-    for _ in range(18):
+    low, high = 1e-4, 2.0
+    for _ in range(14):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if found(middle) else (middle, high)
     return math.sqrt(low * high)

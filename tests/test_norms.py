@@ -245,18 +245,27 @@ def test_margins_of_tokens_leave_ignored_ones_out():
     assert o.error_rate() == pytest.approx(np.mean(np.array(expected) <= 0))
 
 
-def test_error_rates_come_with_the_gradient():
+@pytest.mark.parametrize("count", [1, 3, 11])
+def test_weakest_margins_and_their_gradient(count):
     o = plain()
     before = o.cost
-    value, gradient, errors = o.value_gradient_and_error_rate()
-    assert (o.cost - before).gradients == 1
-    assert value.item() == pytest.approx(o.value().item(), rel=1e-14)
-    assert torch.allclose(gradient, o.gradient(), rtol=1e-12)
+    value, gradient, errors = o.weakest_margins(count)
+    spent = o.cost - before
+    assert (spent.gradients, spent.forwards) == (1, 1)
     wrong = (o.model(X).argmax(1) != Y).double().mean().item()
     assert errors == pytest.approx(wrong)
     before = o.cost
     assert o.error_rate() == pytest.approx(wrong)
     assert (o.cost - before).forwards == 1
+
+    def whole(theta):
+        z = torch.func.functional_call(o.model, o.space.unflatten(theta), (X,))
+        own = z.gather(1, Y[:, None])[:, 0]
+        rest = z.masked_fill(F.one_hot(Y, 3).bool(), -math.inf).amax(1)
+        return -(own - rest).sort().values[:count].clamp(min=0).sum() / count
+
+    assert value == pytest.approx(whole(o.theta).item(), rel=1e-12)
+    assert torch.allclose(gradient, torch.func.grad(whole)(o.theta), rtol=1e-10)
 
 
 @pytest.mark.parametrize("nan", [False, True])
@@ -396,24 +405,24 @@ def vectors(seed, n, mean, groups=1):
     return sk.Objective.from_batch_loss(Point(), batch_loss, [x[: n // 3], x[n // 3 :]])
 
 
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_noise_scale_is_calibrated(size):
     truth = 55 / (5 * 4.0)
     z, inside = [], 0
-    for seed in range(150):
-        e = measure(vectors(seed, 400, 2.0), "gradient_noise_scale", group_size=size)
+    for seed in range(100):
+        e = measure(vectors(seed, 200, 2.0), "gradient_noise_scale", group_size=size)
         z.append((e.value - truth) / e.data_error)
         low, high = e.details["interval"]
         inside += low <= truth <= high
     z = np.array(z)
     assert abs(z.mean()) < 0.35
     assert 0.85 < z.std() < 1.25
-    assert 0.9 < inside / 150 < 0.99
+    assert 0.89 <= inside / 100 < 1
 
 
 def test_noise_scale_where_the_gradient_is_none():
     inside = undefined = 0
-    for seed in range(60):
+    for seed in range(40):
         e = measure(vectors(seed, 60, 0.0), "gradient_noise_scale")
         low, high = e.details["interval"]
         inside += high == math.inf  # the truth is infinite
@@ -425,19 +434,19 @@ def test_noise_scale_where_the_gradient_is_none():
             assert "undefined" in e.notes[-1]
             assert e.interval()[1] == math.inf
             assert e.value == low
-    assert inside >= 54
-    assert undefined > 10
+    assert inside >= 36
+    assert undefined > 6
 
 
 def test_noise_scale_interval_near_the_border():
     # Small but not zero: the interval must hold the truth as often as it says.
     truth = 55 / (5 * 0.09)
     inside = 0
-    for seed in range(150):
-        e = measure(vectors(seed, 150, 0.3), "gradient_noise_scale")
+    for seed in range(80):
+        e = measure(vectors(seed, 100, 0.3), "gradient_noise_scale")
         low, high = e.details["interval"]
         inside += low <= truth <= high
-    assert inside / 150 > 0.9
+    assert inside / 80 > 0.9
 
 
 def test_noise_scale_needs_groups():
@@ -547,7 +556,7 @@ def test_pac_bayes_flatness_is_that_of_very_many_draws(magnitude):
     name = "pac_bayes_magnitude_flatness" if magnitude else "pac_bayes_flatness"
     o = labelled(1)
     e = measure(o, name, num_pairs=128)
-    truth = norms.sigma(o, magnitude) ** -2
+    truth = norms.sigma(o, magnitude, draws=8000) ** -2
     assert abs(e.value - truth) < 4 * e.probe_error
     assert e.probe_error < 0.25 * truth
     assert e.details["sigma"] == pytest.approx(e.value**-0.5)
@@ -710,17 +719,18 @@ def test_worst_radius_that_is_not_reached_or_not_finite():
     assert nan.upper == pytest.approx(0.1, rel=0.02)
 
 
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("magnitude", [False, True])
-def test_sharpness_flatness_is_what_a_search_finds(magnitude):
+def test_sharpness_flatness_is_what_a_search_finds(magnitude, seed):
     name = "sharpness_magnitude_flatness" if magnitude else "sharpness_flatness"
-    for seed in (0, 1):
-        o = labelled(seed)
-        e = measure(o, name)
-        searched = norms.alpha(o, magnitude) ** -2
-        assert (e.error_kind, e.converged) == ("lower_bound", True)
-        # A point found proves the value; the search from 300 corners may find a little more.
-        assert 0.6 * searched < e.value < 1.1 * searched
-        assert e.value < e.value + e.probe_error < 1.05 * e.value
+    o = labelled(seed)
+    e = measure(o, name)
+    searched = norms.alpha(o, magnitude) ** -2
+    assert (e.error_kind, e.converged) == ("lower_bound", True)
+    # A point found proves the value; a search for every pair of labels finds up to 2.3 times
+    # as much, as the docstring says.
+    assert 0.4 * searched < e.value < 1.05 * searched
+    assert e.value < e.value + e.probe_error < 1.05 * e.value
 
 
 def test_sharpness_flatness_of_a_linear_loss_is_exact():

@@ -19,6 +19,7 @@ Drop: TypeAlias = Literal["accuracy", "loss"]
 Reference: TypeAlias = Literal["init", "origin"]
 
 TOLERANCE = 0.02  # relative distance of the bounds of a worst-case radius
+SLACK = 1e-9  # of one label, lost in rounding of a share
 CONSTANT = 10.0  # that the published bounds add
 
 
@@ -120,34 +121,43 @@ def unreached(drop: Drop, target: float, where: str) -> str:
 def alpha_of(
     analysis: Analysis, *, magnitude: bool, drop: Drop, target: float, steps: int, largest: float
 ) -> WorstRadius:
-    """Return the radius of the largest box in which no drop beyond the target was found."""
+    """Return the radius of the largest box in which no drop beyond the target was found.
+
+    For the loss, the ascents climb the loss; for the accuracy, the margins of as many labels
+    as must be missed for a drop beyond the target.
+    """
     fall = dropped(analysis, drop)
-    scale = analysis.theta.abs() if magnitude else torch.ones_like(analysis.theta)
+    theta = analysis.theta
+    scale = theta.abs() if magnitude else torch.ones_like(theta)
+    missing = 0
+    if drop == "accuracy":
+        labels = len(analysis.objective.margins()[0])
+        missing = min(math.floor((target + analysis.error_rate) * labels + SLACK) + 1, labels)
 
     def function(z: Tensor) -> tuple[float, Tensor, float]:
-        delta = scale * z
+        there = analysis.objective.at(theta + scale * z)
         if drop == "loss":
-            value, gradient = analysis.loss_and_gradient_at(delta)
-            return value, scale * gradient, value - analysis.value
-        there = analysis.objective.at(analysis.theta + delta)
-        loss, slope, errors = there.value_gradient_and_error_rate()
-        return float(loss), scale * slope, errors - analysis.error_rate
+            loss, slope = there.value_and_gradient()
+            return float(loss), scale * slope, float(loss) - analysis.value
+        value, slope, errors = there.weakest_margins(missing)
+        return value, scale * slope, errors - analysis.error_rate
 
-    return analysis.shared(
-        ("worst_radius", magnitude, drop, target, steps, largest),
-        lambda: worst_radius(
+    def compute() -> WorstRadius:
+        value, gradient, _ = function(torch.zeros_like(theta))
+        return worst_radius(
             function,
             lambda z: fall(scale * z),
             target=target,
-            start_value=analysis.value,
-            start_gradient=scale * analysis.gradient,
+            start_value=value,
+            start_gradient=gradient,
             norm="linf",
             largest=largest,
             steps=steps,
             tolerance=TOLERANCE,
             generator=analysis.generator("worst_radius"),
-        ),
-    )
+        )
+
+    return analysis.shared(("worst_radius", magnitude, drop, target, steps, largest), compute)
 
 
 def of_alpha(

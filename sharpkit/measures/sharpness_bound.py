@@ -10,7 +10,7 @@ from sharpkit.results import Estimate
     "sharpness_bound",
     symbol="|theta - theta_0|^2 log(2P)/(2 alpha^2) + log(m/sigma) + 10",
     reference="Jiang et al. 2020, arXiv:1912.02178; constants derived here",
-    cost="about 8 ascents of steps gradients (160), shared with sharpness_flatness",
+    cost="that of sharpness_flatness, shared",
     invariant_to={"permutation"},
     degree=0,
     nonnegative=False,

@@ -10,7 +10,7 @@ from sharpkit.results import Estimate
     "sharpness_flatness",
     symbol="1/alpha^2",
     reference="Jiang et al. 2020, arXiv:1912.02178, eq. 54",
-    cost="about 8 ascents of steps gradients (160) and 20 forwards",
+    cost="about 8 ascents of steps gradients and forwards (160 each)",
     invariant_to={"permutation"},
     degree=0,
     nonnegative=True,
@@ -29,9 +29,11 @@ def sharpness_flatness(
     .. math:: 1/\alpha^2, \qquad \alpha = \max\Big\{a : \max_{\|\delta\|_\infty \le a}
         \operatorname{err}(\theta+\delta) - \operatorname{err}(\theta) \le 0.1\Big\}
 
-    Ascents of the loss look for a larger drop in boxes of bisected size. A point found proves
+    Ascents look for a larger drop in boxes of bisected size: they climb the loss, or for the
+    accuracy the margins of as many labels as must be missed. A point found proves
     that alpha is smaller; none found proves nothing, so the value is a lower bound. The error
-    is what the last box without a find would give. Misleads between networks of other scale.
+    is what the last box without a find would give, and does not tell what the ascents missed:
+    on networks with 12 examples a search for every pair of labels found up to 2.3 times as much. Misleads between networks of other scale.
 
     Args:
         analysis: What is measured.

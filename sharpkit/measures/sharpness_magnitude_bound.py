@@ -17,7 +17,7 @@ from sharpkit.results import Estimate
     "sharpness_magnitude_bound",
     symbol="sum_i log(...)/4 + log(m/sigma') + 10",
     reference="Jiang et al. 2020, arXiv:1912.02178; constants derived here",
-    cost="about 8 ascents of steps gradients (160), shared with sharpness_magnitude_flatness",
+    cost="that of sharpness_magnitude_flatness, shared",
     invariant_to={"permutation"},
     degree=0,
     nonnegative=False,

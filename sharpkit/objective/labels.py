@@ -106,10 +106,8 @@ def _rows(tensor: Tensor) -> Tensor:
     return index.repeat_interleave(tensor[0].numel() if len(tensor) else 0)
 
 
-def batch_margins(
-    evaluator: Evaluator, theta: Named, batch: object
-) -> tuple[Tensor, Tensor, int, Tensor, object]:
-    """Return margins and rows of a batch, its number of examples, the outputs and targets.
+def batch_margins(evaluator: Evaluator, theta: Named, batch: object) -> tuple[Tensor, Tensor, int]:
+    """Return margins and rows of a batch, and its number of examples.
 
     Raises:
         MeasureError: For an objective made from a batch loss, and as for `label_margins`.
@@ -119,6 +117,5 @@ def batch_margins(
             f"{_WANTED} Got a batch loss. Make the objective by Objective(model, criterion, data)."
         )
     outputs, targets = evaluator.outputs(theta, batch)
-    read = outputs.detach() if isinstance(outputs, Tensor) else outputs
-    margins, rows = label_margins(evaluator.batch_loss.criterion, read, targets)
-    return margins, rows, trees.batch_size(batch) or 1, outputs, targets
+    margins, rows = label_margins(evaluator.batch_loss.criterion, outputs, targets)
+    return margins, rows, trees.batch_size(batch) or 1

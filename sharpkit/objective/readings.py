@@ -12,9 +12,8 @@ from sharpkit.errors import ShapeError
 from sharpkit.objective import fisher, labels, network, products
 from sharpkit.objective.evaluator import Evaluator
 from sharpkit.objective.gauss_newton import OutputProducts
-from sharpkit.objective.losses import CriterionLoss
 from sharpkit.objective.products import Named
-from sharpkit.objective.usage import Spent, Usage
+from sharpkit.objective.usage import Spent
 from sharpkit.parameters import ParameterSpace
 
 __all__ = ["Readings"]
@@ -32,7 +31,6 @@ class Readings:
     _leaves: Named
     _through: OutputProducts
     _shared: Spent
-    _usage: Usage
 
     # -- labels ----------------------------------------------------------------------
 
@@ -56,7 +54,7 @@ class Readings:
         examples: list[Tensor] = []
         seen = 0
 
-        def add(result: tuple[Tensor, Tensor, int, Any, Any]) -> None:
+        def add(result: tuple[Tensor, Tensor, int]) -> None:
             nonlocal seen
             found.append(result[0].cpu().double())
             examples.append(result[1].cpu() + seen)
@@ -88,36 +86,46 @@ class Readings:
         return _missed(self.margins()[0])
 
     @torch.inference_mode(False)
-    def value_gradient_and_error_rate(self) -> tuple[Tensor, Tensor, float]:
-        """Return the value, the gradient ``[P]`` and the share of labels missed, in one pass.
+    def weakest_margins(self, count: int) -> tuple[float, Tensor, float]:
+        r"""Return how far the weakest labels are from being missed, its gradient, and the misses.
+
+        .. math:: -\frac1k \sum_{j \in \text{k smallest}} \max(m_j, 0)
+
+        over the k labels of smallest margin m: it is zero where k labels are missed, and
+        climbing it leads there sooner than climbing the loss. A forward pass and a gradient.
+
+        Args:
+            count: k.
+
+        Returns:
+            The value, its gradient ``[P]``, and the share of labels missed.
 
         Raises:
             MeasureError: If there are no class labels.
         """
+        margins, _ = self.margins()
+        weights = torch.zeros_like(margins)
+        weakest = margins.argsort(stable=True)[:count]
+        weights[weakest] = (margins[weakest] > 0).double() / count
         self._shared.gradients += 1
-        evaluator = self._evaluator
-        total = torch.zeros((), dtype=torch.float64, device="cpu")
         gradient = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
-        used = [False] * len(self._leaves)
-        found: list[Tensor] = []
+        seen = 0
 
-        def one(batch: Any) -> tuple[Tensor, Tensor, list[bool], Tensor]:
-            margins, _, _, outputs, targets = labels.batch_margins(evaluator, self._leaves, batch)
-            criterion = evaluator.batch_loss
-            assert isinstance(criterion, CriterionLoss)
-            loss = criterion.terms(outputs, targets)[0] / evaluator.num_terms
-            grad, flags = products.flat_gradient(loss, self._leaves, self.space.dtype)
-            return loss.detach(), grad, flags, margins
+        def one(batch: Any) -> tuple[Tensor, int]:
+            found = labels.batch_margins(self._evaluator, self._leaves, batch)[0]
+            w = weights[seen : seen + len(found)].to(found)
+            total = -(w * found)[w > 0].sum()
+            return products.flat_gradient(total, self._leaves, self.space.dtype)[0], len(found)
 
-        def add(result: tuple[Tensor, Tensor, list[bool], Tensor]) -> None:
-            total.add_(result[0].cpu().double())
-            gradient.add_(result[1])
-            used[:] = [a or b for a, b in zip(used, result[2], strict=True)]
-            found.append(result[3].cpu())
+        def add(result: tuple[Tensor, int]) -> None:
+            nonlocal seen
+            gradient.add_(result[0])
+            seen += result[1]
 
-        evaluator.each(one, add, grad=True, theta=self._leaves)
-        self._usage(used)
-        return total, gradient, _missed(torch.cat(found))
+        self._evaluator.each(one, add, grad=True, theta=self._leaves)
+        chosen = weights > 0
+        value = -float((weights[chosen] * margins[chosen]).sum())
+        return value, gradient, _missed(margins)
 
     # -- examples --------------------------------------------------------------------
 
