@@ -31,11 +31,11 @@ def sharpness_magnitude_flatness(
         \operatorname{err}(\theta+\delta) - \operatorname{err}(\theta) \le 0.1\Big\}
 
     Ascents look for a larger drop in boxes of bisected size: they climb the loss, or for the
-    accuracy the margins of as many labels as must be missed. A point found proves
-    that alpha is smaller; none found proves nothing, so the value is a lower bound. The error
-    is what the last box without a find would give, and does not tell what the ascents missed:
-    on networks with 12 examples a search for every pair of labels found up to 2.3 times as much. Weights that
-    are exactly zero stay so.
+    accuracy the margins of as many labels as must be missed. A point found proves that alpha is
+    smaller; none found proves nothing, so the value is a lower bound. The error is what the
+    last box without a find would give, and does not tell what the ascents missed: on networks
+    with 12 examples a search for every pair of labels found up to 2.3 times as much.
+    Weights that are exactly zero stay so.
 
     Args:
         analysis: What is measured.
