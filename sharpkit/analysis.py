@@ -43,8 +43,6 @@ PRODUCT = 30  # products lose a few eps of their size
 NOISE = 6.0  # one random change of the last digits may be smaller than the rounding itself
 DISTANCES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 DISTANCE_FUNCTIONS = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
-CLASSIFIERS = (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
-CLASSIFIER_FUNCTIONS = (F.cross_entropy, F.binary_cross_entropy_with_logits)
 SATURATED = 100  # a cross-entropy below so many eps is a difference of rounded numbers
 
 
@@ -128,15 +126,23 @@ class Analysis:
         return self._once(("value_and_gradient",), compute)
 
     def meets(self, need: str) -> bool:
-        """Return whether what a measure needs beside the objective is there.
+        """Return whether what a measure needs is there.
 
         Args:
-            need: ``"initial"``, ``"optimizer"``, or ``"labels"``: a criterion of class labels.
+            need: ``"initial"``, ``"optimizer"``; ``"labels"``: a criterion of class labels;
+                ``"examples"``: a loss that is a sum over four examples or more; ``"layers"``:
+                linear maps; ``"paths"``: a network of homogeneous layers.
         """
-        if need == "labels":
-            criterion = self.objective.criterion
-            return isinstance(criterion, CLASSIFIERS) or criterion in CLASSIFIER_FUNCTIONS
-        return {"initial": self._initial, "optimizer": self._optimizer}[need] is not None
+        objective = self.objective
+        found: dict[str, Callable[[], bool]] = {
+            "initial": lambda: self._initial is not None,
+            "optimizer": lambda: self._optimizer is not None,
+            "labels": lambda: objective.has_labels,
+            "examples": lambda: objective.adds_up and objective.num_examples >= FEWEST_GROUPS,
+            "layers": lambda: _defined(objective.linear_layers),
+            "paths": lambda: _defined(objective.path_sum),
+        }
+        return self._once(("meets", need), found[need])
 
     @property
     def initial(self) -> Tensor:
@@ -304,6 +310,23 @@ class Analysis:
         return self.objective.at(place, copy_theta=False)
 
     @property
+    def error_rate(self) -> float:
+        """The share of class labels that the network misses.
+
+        Raises:
+            MeasureError: If there are no class labels.
+        """
+        return self._once(("error_rate",), self.objective.error_rate)
+
+    def error_rate_at(self, delta: Tensor) -> float:
+        """Return the share of class labels missed at ``theta + delta``."""
+        return self.objective.at(self.theta + delta).error_rate()
+
+    def shared(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
+        """Return what measures share under a key, computed by the first that asks."""
+        return self._once(("shared", *key), compute)
+
+    @property
     def theta(self) -> Tensor:
         """The parameters, ``[P]``."""
         return self._once(("theta",), lambda: self.objective.theta)
@@ -381,6 +404,14 @@ class Analysis:
             + ROUNDING * torch.finfo(self.objective.model_dtype).eps * abs(loss)
             for loss in losses
         )
+
+
+def _defined(compute: Callable[[], object]) -> bool:
+    try:
+        compute()
+    except MeasureError:
+        return False
+    return True
 
 
 def _initial(objective: Objective, initial: nn.Module | Mapping[str, Tensor] | Tensor) -> Tensor:

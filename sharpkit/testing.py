@@ -19,18 +19,26 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit import measures
-from sharpkit.errors import SettingsError
+from sharpkit.analysis import Analysis
+from sharpkit.errors import MeasureError, SettingsError
 from sharpkit.objective import Objective
 from sharpkit.operators import SymmetricOperator
 from sharpkit.results import Estimate
 from sharpkit.scoring import score
 
-__all__ = ["check_measure", "check_operator", "check_symmetry", "symmetric_pair"]
+__all__ = [
+    "check_measure",
+    "check_operator",
+    "check_symmetry",
+    "initial_of",
+    "symmetric_pair",
+]
 
 EXACT = 1e-6  # relative, in float64, for what is not drawn at random
 DEVIATIONS = 6  # combined errors that two estimates of one number may lie apart
 CHANGED = 1e-3  # relative: what is not claimed must move at least so much
-EFFORT = 20  # times the usual number of draws, to tell a change from noise
+EFFORT = (1, 4, 20)  # times the usual number of draws, to tell a change from noise
+NEIGHBOURS = 8  # other measures that are computed beside one
 SEEDS = (0, 1, 2)
 
 Pair = tuple[Objective, Objective]
@@ -42,11 +50,11 @@ class _Rotated(nn.Module):
     def __init__(self, theta: Tensor, rotation: Tensor):
         super().__init__()
         half = len(theta) // 2  # two layers, which the rotation mixes
-        self.weight_1, self.weight_2 = nn.Parameter(theta[:half]), nn.Parameter(theta[half:])
+        self.first, self.second = nn.Parameter(theta[:half]), nn.Parameter(theta[half:])
         self.register_buffer("rotation", rotation)
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.rotation.T @ torch.cat([self.weight_1, self.weight_2])  # type: ignore[operator]
+        w = self.rotation.T @ torch.cat([self.first, self.second])  # type: ignore[operator]
         return torch.tanh(x @ w[: x.shape[1]]) + 0.3 * (x @ w[x.shape[1] :]) ** 2
 
 
@@ -59,6 +67,17 @@ class _Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ (self.u * self.v)
+
+
+class _ScaledCrossEntropy(nn.CrossEntropyLoss):
+    """A multiple of the cross-entropy."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.factor * super().forward(outputs, targets)
 
 
 def _relu_network(generator: torch.Generator) -> nn.Sequential:
@@ -97,12 +116,22 @@ def _permuted(model: nn.Sequential, generator: torch.Generator) -> nn.Sequential
     return other
 
 
-def symmetric_pair(name: str, seed: int) -> Pair:
+def initial_of(objective: Objective) -> Tensor:
+    """Return what :func:`check_measure` passes as the parameters before training.
+
+    Half of theta, which every linear symmetry carries along.
+    """
+    return objective.theta / 2
+
+
+def symmetric_pair(name: str, seed: int, *, labels: bool = False) -> Pair:
     """Return two objectives in float64 that a random element of a symmetry relates.
 
     Args:
         name: A key of ``sharpkit.measures.SYMMETRIES``.
         seed: Of the network, the data and the group element.
+        labels: Whether the targets must be class labels; they are then those that the network
+            gives, so that perturbations lower the accuracy.
 
     Raises:
         SettingsError: If there is no test of this symmetry.
@@ -126,6 +155,8 @@ def symmetric_pair(name: str, seed: int) -> Pair:
             other = _scaled(model, {0: c.expand(6), 2: d.expand(5)})
         else:
             other = _scaled(model, {0: log_uniform(6), 2: log_uniform(5)})
+        if labels:
+            targets = model(x).argmax(dim=1)
         loss: nn.Module = nn.CrossEntropyLoss()
         return Objective(model, loss, (x, targets)), Objective(other, loss, (x, targets))
     y = normal(12)
@@ -133,18 +164,23 @@ def symmetric_pair(name: str, seed: int) -> Pair:
         w = 0.8 * normal(8)
         rotation = torch.linalg.qr(normal(8, 8))[0]
         plain, turned = _Rotated(w, torch.eye(8).double()), _Rotated(rotation @ w, rotation)
-        mse = nn.MSELoss()
-        return Objective(plain, mse, (x, y)), Objective(turned, mse, (x, y))
+        loss, y = _one_output(plain, x, y, labels)
+        return Objective(plain, loss, (x, y)), Objective(turned, loss, (x, y))
     if name == "pair_scale":
         u, v, c = normal(4), normal(4), log_uniform(4)
-        mse = nn.MSELoss()
-        return (
-            Objective(_Product(u, v), mse, (x, y)),
-            Objective(_Product(c * u, v / c), mse, (x, y)),
-        )
+        before, after = _Product(u, v), _Product(c * u, v / c)
+        loss, y = _one_output(before, x, y, labels)
+        return Objective(before, loss, (x, y)), Objective(after, loss, (x, y))
     raise SettingsError(
         f"Expected a symmetry among {', '.join(measures.SYMMETRIES)}. Got {name!r}."
     )
+
+
+def _one_output(model: nn.Module, x: Tensor, y: Tensor, labels: bool) -> tuple[nn.Module, Tensor]:
+    if not labels:
+        return nn.MSELoss(), y
+    with torch.no_grad():
+        return nn.BCEWithLogitsLoss(), (model(x) > 0).double()
 
 
 def check_symmetry(name: str) -> None:
@@ -223,24 +259,32 @@ def check_measure(
         _check_symmetry_claim(measure, symmetry)
     if objectives is None:
         kinds = ("node_scale", "orthogonal")
-        objectives = [symmetric_pair(kind, seed)[0] for kind in kinds for seed in SEEDS]
+        objectives = [_pair(measure, kind, seed)[0] for kind in kinds for seed in SEEDS]
+    measured = 0
     for objective in objectives:
-        estimate = _measure(name, objective)
+        try:
+            estimate = _measure(name, objective)
+        except MeasureError:
+            continue  # not for every network
+        measured += 1
         if measure.nonnegative:
             slack = estimate.probe_error or 0.0
             assert estimate.value >= -slack, f"{name}: negative value {estimate.value}"
         if exact is not None:
             _check_exact(name, estimate, exact(objective))
+    assert measured, f"{name}: none of the objectives can be measured"
+
+
+def _pair(measure: measures.Measure, symmetry: str, seed: int) -> Pair:
+    return symmetric_pair(symmetry, seed, labels="labels" in measure.needs)
 
 
 def _measure(name: str, objective: Objective, seed: int = 0, effort: int = 1) -> Estimate:
     settings = measures.get(name).settings
     draws = ("num_probes", "num_pairs")
     more = {k: effort * v for k, v in settings.items() if k in draws}
-    result = score(objective, [(name, more)], seed=seed, num_groups=0)[0]
-    assert result.estimate is not None, f"{name} failed: {result.error}"
-    estimate: Estimate = result.estimate
-    return estimate
+    analysis = Analysis(objective, seed=seed, num_groups=0, initial=initial_of(objective))
+    return measures.get(name)(analysis, **more)
 
 
 def _check_exact(name: str, estimate: Estimate, truth: float) -> None:
@@ -259,14 +303,15 @@ def _check_exact(name: str, estimate: Estimate, truth: float) -> None:
 
 def _check_hygiene(measure: measures.Measure) -> None:
     name = measure.name
-    objective = symmetric_pair("node_scale", 0)[0]
+    objective = _pair(measure, "node_scale", 0)[0]
+    initial = initial_of(objective)
     model = objective._evaluator.model
     before = {n: t.clone() for n, t in model.state_dict().items()}
     states = _random_states()
     first, again = _measure(name, objective, 3), _measure(name, objective, 3)
-    others = [n for n in measures.names() if n != name]
-    beside = score(objective, [*others, name], seed=3, num_groups=0)[name].estimate
-    for other in (again, beside):
+    beside = score(objective, [*_neighbours(name), name], seed=3, num_groups=0, initial=initial)
+    together = beside[name].estimate
+    for other in (again, together):
         same = (other.value, other.probe_error) == (first.value, first.probe_error)
         assert same, f"{name}: the same seed gave {first} and {other}"
     assert states == _random_states(), f"{name}: a global random state moved"
@@ -278,7 +323,7 @@ def _check_hygiene(measure: measures.Measure) -> None:
     assert math.isfinite(first.value), f"{name}: the value is {first.value}"
     assert first.probe_error is not None, f"{name}: no error is stated"
     assert first.probe_error >= 0, f"{name}: the error is {first.probe_error}"
-    scores = score(objective, [name], seed=3)
+    scores = score(objective, [name], seed=3, initial=initial)
     (read,) = json.loads(scores.to_json(), parse_constant=_refuse_constant)
     assert read["estimate"]["value"] == first.value, f"{name}: JSON changes the value"
     assert read["settings"] == dict(measure.settings), f"{name}: JSON changes the settings"
@@ -289,6 +334,13 @@ def _check_hygiene(measure: measures.Measure) -> None:
         except SettingsError:
             continue
         raise AssertionError(f"{name}: the settings {bad} were accepted")
+
+
+def _neighbours(name: str) -> list[str]:
+    # Some measures of which what is shared may be computed first: those next in the alphabet.
+    known = [n for n in measures.names() if "optimizer" not in measures.get(n).needs or n == name]
+    at = known.index(name)
+    return [n for n in (known * 2)[at + 1 : at + 1 + NEIGHBOURS] if n != name]
 
 
 def _random_states() -> tuple[Any, ...]:
@@ -304,7 +356,8 @@ def _check_degree(measure: measures.Measure) -> None:
     c, name = 3.0, measure.name
     ratios = []
     for seed in SEEDS:
-        plain, scaled = (_scaled_loss(seed, factor) for factor in (1.0, c))
+        labels = "labels" in measure.needs
+        plain, scaled = (_scaled_loss(seed, factor, labels=labels) for factor in (1.0, c))
         a, b = _measure(name, plain), _measure(name, scaled)
         ratios.append(b.value / a.value)
         if measure.degree is not None:
@@ -318,7 +371,7 @@ def _check_degree(measure: measures.Measure) -> None:
         assert spread > CHANGED, f"{name}: scales as c^{degrees[0]:.3f}; claim this degree"
 
 
-def _scaled_loss(seed: int, factor: float) -> Objective:
+def _scaled_loss(seed: int, factor: float, *, labels: bool) -> Objective:
     # Another scale of the network for each seed, so that no homogeneity is by chance.
     g = torch.Generator().manual_seed(seed)
     model = _relu_network(g)
@@ -327,39 +380,38 @@ def _scaled_loss(seed: int, factor: float) -> Objective:
             p.mul_(1 + 0.3 * seed)
     x = torch.randn(12, 4, generator=g, dtype=torch.float64)
     y = torch.randint(3, (12,), generator=g)
-
-    def batch_loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-        inputs, targets = batch
-        total = nn.functional.cross_entropy(module(inputs), targets, reduction="sum")
-        return factor * total, len(targets)
-
-    return Objective.from_batch_loss(model, batch_loss, (x, y))
+    if labels:
+        y = model(x).argmax(dim=1)
+    return Objective(model, _ScaledCrossEntropy(factor), (x, y))
 
 
 def _check_symmetry_claim(measure: measures.Measure, symmetry: str) -> None:
-    name = measure.name
-    if symmetry in measure.invariant_to:
+    name, claimed = measure.name, symmetry in measure.invariant_to
+    refused = ""
+    for effort in EFFORT[:1] if claimed else EFFORT:  # more, to see a small change
         for seed in SEEDS:
-            a, b, gap, allowed = _moved(name, symmetry, seed)
-            assert gap <= allowed, f"{name} claims {symmetry}, but moved from {a} to {b}"
-        return
-    for effort in (1, EFFORT):  # more draws show a small change
-        for seed in SEEDS:
-            a, b, gap, allowed = _moved(name, symmetry, seed, effort)
-            size = max(abs(a.value), abs(b.value))
-            if size and gap - allowed > CHANGED * size:
+            pair = _pair(measure, symmetry, seed)
+            try:
+                a, b = (_measure(name, objective, effort=effort) for objective in pair)
+            except MeasureError as error:
+                refused = str(error)
+                continue
+            gap = abs(a.value - b.value) - _allowed(a, b)
+            if claimed:
+                assert gap <= 0, f"{name} claims {symmetry}, but moved from {a} to {b}"
+            elif gap > CHANGED * max(abs(a.value), abs(b.value)):
                 return
-    raise AssertionError(f"{name} does not claim {symmetry}, but does not move under it")
+    if claimed:
+        assert not refused, f"{name} claims {symmetry}, but refuses its networks: {refused}"
+    else:  # where it refuses, nothing can be shown
+        assert refused, f"{name} does not claim {symmetry}, but does not move under it"
 
 
-def _moved(
-    name: str, symmetry: str, seed: int, effort: int = 1
-) -> tuple[Estimate, Estimate, float, float]:
-    a, b = (_measure(name, o, effort=effort) for o in symmetric_pair(symmetry, seed))
-    allowed = EXACT * max(abs(a.value), abs(b.value))
+def _allowed(a: Estimate, b: Estimate) -> float:
     errors = [e.probe_error or 0.0 for e in (a, b)]
+    allowed = EXACT * max(abs(a.value), abs(b.value))
     if a.error_kind == "stderr":
         allowed += DEVIATIONS * math.hypot(*errors)
     elif a.error_kind == "bound":
         allowed += sum(errors)
-    return a, b, abs(a.value - b.value), allowed
+    return allowed

@@ -4,6 +4,7 @@ import math
 import warnings
 
 import oracles_ball
+import oracles_norms as norms
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 import sharpkit as sk
 from sharpkit import measures
 from sharpkit.errors import SettingsError, UnknownMeasureError
-from sharpkit.testing import check_measure, check_symmetry, symmetric_pair
+from sharpkit.testing import check_measure, check_symmetry, initial_of, symmetric_pair
 
 
 def dense_hessian(objective):
@@ -131,21 +132,36 @@ EXACT = {
     "fisher_sam_sharpness": oracles_ball.fisher_sam,
     "gaussian_smoothed_sharpness": oracles_ball.smoothed,
     "gradient_norm": gradient_norm,
+    "distance_from_initialization": lambda o: (o.theta - initial_of(o)).norm().item(),
     "effective_rank": effective_rank,
+    "fisher_rao_norm": norms.fisher_rao,
     "frobenius_norm": lambda o: dense_hessian(o).norm().item(),
+    "gradient_noise_scale": norms.noise_scale,
     "hessian_trace": lambda o: dense_hessian(o).trace().item(),
     "keskar_sharpness": oracles_ball.keskar,
     "log_det": lambda o: (1 + eigenvalues(o).abs()).log().sum().item(),
     "m_sharpness": oracles_ball.m_sharpness,
+    "margin": norms.tenth,
     "monge_sharpness": lambda o: largest_rise(o, UNWHITEN["monge_sharpness"](o), 0.05),
     "monge_sharpness_first_order": first_order_monge,
     "negative_mass": lambda o: (
         (-eigenvalues(o)).clamp(min=0).sum() / eigenvalues(o).abs().sum()
     ).item(),
+    "pac_bayes_bound": norms.pac_bayes_bound,
+    "pac_bayes_flatness": lambda o: norms.sigma(o, False) ** -2,
+    "pac_bayes_magnitude_bound": norms.pac_bayes_magnitude_bound,
+    "pac_bayes_magnitude_flatness": lambda o: norms.sigma(o, True) ** -2,
+    "parameter_norm": lambda o: math.hypot(*o.theta.tolist()),
+    "path_norm": norms.path_norm,
     "renyi_sharpness": lambda o: -renyi_2(dense_hessian(o)),
     "renyi_sharpness_per_layer": renyi_of_layers,
     "sam_sharpness": lambda o: largest_rise(o, UNWHITEN["sam_sharpness"](o), 0.05),
     "sam_sharpness_one_step": one_step,
+    "sharpness_bound": norms.sharpness_bound,
+    "sharpness_flatness": lambda o: norms.alpha(o, False) ** -2,
+    "sharpness_magnitude_bound": norms.sharpness_magnitude_bound,
+    "sharpness_magnitude_flatness": lambda o: norms.alpha(o, True) ** -2,
+    "spectral_norms": norms.log_spectral,
     "stable_rank": lambda o: (eigenvalues(o).square().sum() / eigenvalues(o).square().max()).item(),
     "top_eigenvalues": lambda o: torch.linalg.eigvalsh(dense_hessian(o))[-1].item(),
 }
@@ -169,10 +185,18 @@ QUICK = {
 }
 
 
-@pytest.mark.parametrize("name", measures.names())
+# Searched too: their oracles are compared in tests/test_norms.py.
+SEARCHED = {n for n in EXACT if n.startswith("sharpness_")}
+# Hundreds of passes each, many times over: test_norms.py has shorter tests of what they are.
+LONG = {n for n in EXACT if n.startswith("pac_bayes_")} | SEARCHED
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in measures.names()]
+)
 def test_keeps_its_claims(name):
     # The searched oracles take longer; they have a test of their own below.
-    check_measure(name, exact=None if name in QUICK else EXACT[name])
+    check_measure(name, exact=None if name in QUICK | SEARCHED else EXACT[name])
 
 
 @pytest.mark.parametrize("name", sorted(UNWHITEN))

@@ -32,10 +32,12 @@ from sharpkit.estimators.functions import (
 )
 from sharpkit.estimators.krylov import Krylov
 from sharpkit.estimators.lanczos import Which, lanczos
+from sharpkit.estimators.noise_level import NoiseLevel, noise_level
 from sharpkit.estimators.protocol import random_signs
 from sharpkit.estimators.quadrature import Quadrature, deflated_quadrature
 from sharpkit.estimators.sketched import hutch_plus_plus
 from sharpkit.estimators.trace import hutchinson_trace
+from sharpkit.estimators.worst_radius import WorstRadius, worst_radius
 
 __all__ = [
     "Ascent",
@@ -43,6 +45,7 @@ __all__ = [
     "Eigenpairs",
     "Krylov",
     "Locked",
+    "NoiseLevel",
     "Probes",
     "Probing",
     "Quadrature",
@@ -50,6 +53,7 @@ __all__ = [
     "SpectrumPart",
     "Storage",
     "Which",
+    "WorstRadius",
     "average_rise",
     "deflated_quadrature",
     "deflated_trace",
@@ -65,6 +69,7 @@ __all__ = [
     "log_det",
     "maximize_in_ball",
     "negative_mass",
+    "noise_level",
     "perturbation",
     "project",
     "random_in_ball",
@@ -73,6 +78,7 @@ __all__ = [
     "renyi_entropy_of_probes",
     "spectral_density",
     "steepest",
+    "worst_radius",
     "xdiag",
     "xtrace",
 ]

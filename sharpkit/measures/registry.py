@@ -31,6 +31,9 @@ NEEDS: Mapping[str, str] = {
     "initial": "the parameters before training (initial=...)",
     "optimizer": "the optimizer that trained the model, or its state (optimizer=...)",
     "labels": "a criterion of class labels",
+    "examples": "a loss that is a sum over four examples or more",
+    "layers": "linear or convolutional layers",
+    "paths": "a feed-forward network of homogeneous layers, such as ReLU ones",
 }
 """What a measure may need beside the objective; :meth:`Analysis.meets` tells."""
 

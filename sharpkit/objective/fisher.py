@@ -20,7 +20,13 @@ from sharpkit.objective.output_hessians import closed_form
 from sharpkit.objective.probing import PROBE_EXAMPLES, first_piece
 from sharpkit.objective.products import Named
 
-__all__ = ["each_gradient", "empirical", "monte_carlo"]
+__all__ = [
+    "each_gradient",
+    "each_group_gradient",
+    "empirical",
+    "example_slopes",
+    "monte_carlo",
+]
 
 SAME = 1e-8  # relative, in float64, that two ways to one product may differ
 
@@ -45,6 +51,37 @@ def each_gradient(
     def add(rows: list[Tensor]) -> None:
         for row in rows:
             consume(row)
+
+    evaluator.each(one, add, grad=True, theta=theta)
+
+
+def each_group_gradient(
+    evaluator: Evaluator,
+    theta: Named,
+    dtype: torch.dtype,
+    size: int,
+    consume: Callable[[Tensor, int], None],
+) -> None:
+    """Call ``consume`` with the mean gradient ``[P]`` of groups of examples, and their number.
+
+    A group is every so-many-th example of a batch, ``size`` of them or fewer.
+
+    Raises:
+        ObjectiveError: If the loss is not a sum over examples.
+    """
+    _refuse_mixed(evaluator)
+
+    def one(batch: Any) -> list[tuple[Tensor, int]]:
+        count = -(-(trees.batch_size(batch) or 1) // size)
+        rows = []
+        for piece in trees.strided(batch, count, evaluator.shared):
+            examples = trees.batch_size(piece) or 1
+            rows.append((_gradient(evaluator, theta, piece, dtype) / examples, examples))
+        return rows
+
+    def add(rows: list[tuple[Tensor, int]]) -> None:
+        for row, examples in rows:
+            consume(row, examples)
 
     evaluator.each(one, add, grad=True, theta=theta)
 
@@ -90,21 +127,70 @@ def empirical(
     return total, True
 
 
-def _given_targets(evaluator: Evaluator) -> Middle:
-    # M of the empirical Fisher: r_n r_n^T / N for the slopes r of example losses.
+def example_slopes(
+    evaluator: Evaluator, theta: Named, through_outputs: OutputProducts, v: Tensor
+) -> tuple[Tensor, bool]:
+    """Return ``v . g_n`` of each example, ``[N]`` in float64, and whether they took turns.
+
+    One product ``J v`` a batch where outputs have a row for each example; otherwise one
+    backward pass an example.
+
+    Raises:
+        ObjectiveError: If the loss is not a sum over examples.
+    """
+    _refuse_mixed(evaluator)
+    if through_outputs.by_rows is None:
+        through_outputs.by_rows = _goes_by_rows(evaluator, theta)
+    if through_outputs.by_rows:
+        try:
+            return _slopes_by_rows(evaluator, theta, v), False
+        except _NotByRows:
+            through_outputs.by_rows = False
+    slopes: list[Tensor] = []
+    each_gradient(evaluator, theta, v.dtype, lambda g: slopes.append(g.double() @ v.double()))
+    return torch.stack(slopes).cpu(), True
+
+
+def _slopes_by_rows(evaluator: Evaluator, theta: Named, v: Tensor) -> Tensor:
+    (vector,) = products.columns(v[:, None], theta)
+    found: list[Tensor] = []
+
+    def one(batch: Any) -> Tensor:
+        piece = linearised(evaluator, theta, batch)
+        if not _by_rows(piece):
+            raise _NotByRows
+        r = _example_slope(evaluator, piece)
+        if piece.push is None or r is None:
+            return torch.zeros(len(piece.outputs), dtype=torch.float64, device="cpu")
+        dots = r.double() * piece.push(vector).double()
+        return dots.reshape(len(dots), -1).sum(dim=1).cpu()
+
+    def add(row: Tensor) -> None:
+        found.append(row)
+
+    evaluator.each(one, add, grad=True, theta=theta)
+    return torch.cat(found)
+
+
+def _example_slope(evaluator: Evaluator, piece: Piece) -> Tensor | None:
+    # The slopes of N times the examples' shares of L in their outputs; None if all is masked.
     criterion = evaluator.batch_loss
     assert isinstance(criterion, CriterionLoss)
-    N = evaluator.num_examples
+    free = piece.outputs.detach().requires_grad_()
+    loss = criterion.terms(free, piece.targets)[0]
+    loss = loss * (evaluator.num_examples / evaluator.num_terms)
+    return torch.autograd.grad(loss, free)[0] if loss.requires_grad else None
 
+
+def _given_targets(evaluator: Evaluator) -> Middle:
+    # M of the empirical Fisher: r_n r_n^T / N for the slopes r of example losses.
     def middle(piece: Piece) -> Callable[[Tensor], Tensor] | None:
         if not _by_rows(piece):
             raise _NotByRows
-        free = piece.outputs.detach().requires_grad_()
-        loss = criterion.terms(free, piece.targets)[0] * (N / evaluator.num_terms)
-        if not loss.requires_grad:  # every target is masked
+        slope = _example_slope(evaluator, piece)
+        if slope is None:  # every target is masked
             return None
-        (slope,) = torch.autograd.grad(loss, free)
-        return lambda u: _outer([slope], u) / N
+        return lambda u: _outer([slope], u) / evaluator.num_examples
 
     return middle
 

@@ -23,6 +23,7 @@ from sharpkit.objective.isolation import unwrap
 from sharpkit.objective.losses import BatchLoss, CriterionLoss
 from sharpkit.objective.matrix_products import MatrixProducts
 from sharpkit.objective.memory import default_budget
+from sharpkit.objective.readings import Readings
 from sharpkit.objective.shards import shards_of
 from sharpkit.objective.usage import PartlySpent, Spent, Usage
 from sharpkit.parameters import ParameterSpace, Selection, select_names
@@ -31,7 +32,7 @@ from sharpkit.results import Cost
 __all__ = ["Objective"]
 
 
-class Objective(MatrixProducts):
+class Objective(MatrixProducts, Readings):
     r"""The empirical risk of a model on a data set, as a function of its parameters.
 
     .. math::
