@@ -25,7 +25,13 @@ from sharpkit.operators import SymmetricOperator
 from sharpkit.results import Estimate
 from sharpkit.scoring import score
 
-__all__ = ["check_measure", "check_operator", "check_symmetry", "symmetric_pair"]
+__all__ = [
+    "check_measure",
+    "check_operator",
+    "check_symmetry",
+    "symmetric_pair",
+    "trained_with_adam",
+]
 
 EXACT = 1e-6  # relative, in float64, for what is not drawn at random
 DEVIATIONS = 6  # combined errors that two estimates of one number may lie apart
@@ -233,11 +239,29 @@ def check_measure(
             _check_exact(name, estimate, exact(objective))
 
 
+def trained_with_adam(objective: Objective) -> dict[str, Any]:
+    """Return the state of an Adam that measures and their oracles may need.
+
+    After one step of a copy, along the gradient divided by its length: its moments are as
+    the parameters' symmetries have them, whatever the loss is multiplied by.
+    """
+    gradient = objective.gradient()
+    parts = objective.space.unflatten(gradient / gradient.norm())
+    copied = copy.deepcopy(objective.model)
+    named = {n: p for n, p in copied.named_parameters() if n in parts}
+    optimizer = torch.optim.Adam(named.items(), lr=0.1, eps=1e-3)
+    for name, p in named.items():
+        p.grad = parts[name].to(p).clone()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
 def _measure(name: str, objective: Objective, seed: int = 0, effort: int = 1) -> Estimate:
     settings = measures.get(name).settings
     draws = ("num_probes", "num_pairs")
     more = {k: effort * v for k, v in settings.items() if k in draws}
-    result = score(objective, [(name, more)], seed=seed, num_groups=0)[0]
+    optimizer = trained_with_adam(objective)
+    result = score(objective, [(name, more)], seed=seed, num_groups=0, optimizer=optimizer)[0]
     assert result.estimate is not None, f"{name} failed: {result.error}"
     estimate: Estimate = result.estimate
     return estimate
@@ -265,7 +289,9 @@ def _check_hygiene(measure: measures.Measure) -> None:
     states = _random_states()
     first, again = _measure(name, objective, 3), _measure(name, objective, 3)
     others = [n for n in measures.names() if n != name]
-    beside = score(objective, [*others, name], seed=3, num_groups=0)[name].estimate
+    optimizer = trained_with_adam(objective)
+    everything = score(objective, [*others, name], seed=3, num_groups=0, optimizer=optimizer)
+    beside = everything[name].estimate
     for other in (again, beside):
         same = (other.value, other.probe_error) == (first.value, first.probe_error)
         assert same, f"{name}: the same seed gave {first} and {other}"
@@ -278,7 +304,7 @@ def _check_hygiene(measure: measures.Measure) -> None:
     assert math.isfinite(first.value), f"{name}: the value is {first.value}"
     assert first.probe_error is not None, f"{name}: no error is stated"
     assert first.probe_error >= 0, f"{name}: the error is {first.probe_error}"
-    scores = score(objective, [name], seed=3)
+    scores = score(objective, [name], seed=3, optimizer=optimizer)
     (read,) = json.loads(scores.to_json(), parse_constant=_refuse_constant)
     assert read["estimate"]["value"] == first.value, f"{name}: JSON changes the value"
     assert read["settings"] == dict(measure.settings), f"{name}: JSON changes the settings"

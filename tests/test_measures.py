@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from oracles_curv import EXACT as CURVATURE
 from torch import nn
 
 import sharpkit as sk
@@ -142,6 +143,7 @@ EXACT = {
     "sam_sharpness_one_step": one_step,
     "stable_rank": lambda o: (eigenvalues(o).square().sum() / eigenvalues(o).square().max()).item(),
     "top_eigenvalues": lambda o: torch.linalg.eigvalsh(dense_hessian(o))[-1].item(),
+    **CURVATURE,
 }
 
 

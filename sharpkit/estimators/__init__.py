@@ -3,6 +3,7 @@
 from sharpkit.estimators.ascent import Ascent, maximize_in_ball, project, steepest
 from sharpkit.estimators.average import average_rise
 from sharpkit.estimators.basis import Storage
+from sharpkit.estimators.block_traces import BlockTraces, block_sums, block_traces
 from sharpkit.estimators.deflation import (
     Locked,
     Probes,
@@ -33,6 +34,7 @@ from sharpkit.estimators.trace import hutchinson_trace
 
 __all__ = [
     "Ascent",
+    "BlockTraces",
     "Diagonal",
     "Eigenpairs",
     "Krylov",
@@ -45,6 +47,8 @@ __all__ = [
     "Storage",
     "Which",
     "average_rise",
+    "block_sums",
+    "block_traces",
     "deflated_quadrature",
     "deflated_trace",
     "density_of",
