@@ -47,6 +47,15 @@ def wide(seed=0):
     return sk.Objective(model, CE, (normal(40, 8, seed=seed + 1), labels(12, 40)))
 
 
+def fitted():
+    """The same near a minimum, where the blocks of the Hessian are positive."""
+    model = wide().model
+    x = normal(40, 8, seed=1)
+    with torch.no_grad():
+        targets = model(x) + 0.1 * normal(40, 12, seed=2)
+    return sk.Objective(model, nn.MSELoss(), (x, targets))
+
+
 def z_scores(truth, estimates):
     return np.array([(e.value - truth) / e.probe_error for e in estimates])
 
@@ -60,7 +69,9 @@ def assert_calibrated(z):
 # -- the operator ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((3, 5), 0), ((5, 3), 1), ((3, 2, 2, 2), 0), ((7,), 0)])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((3, 5), 0), ((5, 3), 1), ((3, 2, 2, 2), 0), ((7,), 0)]
+)
 def test_the_gram_operator_is_the_dense_one(shape, axis):
     W, size = normal(*shape), math.prod(shape)
     A = normal(size, size, seed=1)
@@ -101,7 +112,9 @@ def double_loop(H, W):
 def test_relative_flatness_is_the_double_loop(kind):
     build = {
         "linear": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
-        "conv": lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)),
+        "conv": lambda: nn.Sequential(
+            nn.Conv2d(1, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)
+        ),
         "transposed": lambda: nn.Sequential(
             nn.ConvTranspose2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(27, 3)
         ),
@@ -155,7 +168,12 @@ def test_relative_flatness_is_invariant_from_the_left_only():
         ("relative_flatness", {}, (None, scales.double()), False),
         ("relative_flatness", {}, (None, right), False),
         ("relative_flatness_max", {"form": "joint"}, (left, None), True),
-        ("relative_flatness_max", {}, (torch.diag(torch.tensor([2.0, 0.1, 5])).double(), None), True),
+        (
+            "relative_flatness_max",
+            {},
+            (torch.diag(torch.tensor([2.0, 0.1, 5])).double(), None),
+            True,
+        ),
         ("relative_flatness_max", {}, (left, None), False),
     ]
     for name, settings, (a, b), invariant in cases:
@@ -218,8 +236,8 @@ def test_errors_of_relative_flatness_are_calibrated():
 
 @pytest.mark.slow
 def test_errors_of_relative_flatness_are_calibrated_over_many_seeds():
-    assert_calibrated(flatness_runs(400))
-    assert_calibrated(flatness_runs(400, layer="*"))
+    assert_calibrated(flatness_runs(200))
+    assert_calibrated(flatness_runs(60, layer="*"))
 
 
 def test_a_target_error_is_met_or_said_to_be_missed():
@@ -251,19 +269,18 @@ def sampled_runs(count):
     return z_scores(sum(neuron_terms(objective)), runs)
 
 
-def assert_sample_calibrated(z):
-    # A sample of skewed terms: Student's t with 11 degrees of freedom, and a little more.
-    assert abs(z.mean()) < 4 / math.sqrt(len(z)) + 0.15
-    assert 0.7 < z.std() < 1.4
-
-
 def test_a_sample_of_neurons_has_the_error_of_a_sample():
-    assert_sample_calibrated(sampled_runs(12))
+    z = sampled_runs(12)
+    assert abs(z.mean()) < 4 / math.sqrt(len(z))
+    assert 0.4 < z.std() < 2
 
 
 @pytest.mark.slow
 def test_a_sample_of_neurons_is_calibrated_over_many_seeds():
-    assert_sample_calibrated(sampled_runs(150))
+    z = sampled_runs(200)
+    # Of a skewed population: Student's t with 11 degrees of freedom, and a little more.
+    assert abs(z.mean()) < 4 / math.sqrt(len(z)) + 0.1
+    assert 0.85 < z.std() < 1.35
 
 
 def test_the_joint_form_is_the_top_eigenvalue():
@@ -337,8 +354,7 @@ def test_normalized_flatness_by_channels_and_free():
     assert single.value < found.value
 
 
-def noisy_flatness(count, scales):
-    objective = wide()
+def noisy_flatness(count, scales, objective):
     exact = measure("normalized_flatness", objective, method="exact", scales=scales)
     covered = 0
     for seed in range(count):
@@ -351,13 +367,14 @@ def noisy_flatness(count, scales):
 
 @pytest.mark.parametrize("scales", ["rows_columns", "free"])
 def test_the_bound_of_normalized_flatness_holds(scales):
-    assert noisy_flatness(3, scales) == 1.0
+    assert noisy_flatness(3, scales, fitted()) == 1.0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scales", ["rows_columns", "free"])
 def test_the_bound_of_normalized_flatness_holds_over_seeds(scales):
-    assert noisy_flatness(30, scales) >= 0.95
+    for objective in (fitted(), wide()):
+        assert noisy_flatness(30, scales, objective) >= 0.95
 
 
 def test_normalized_flatness_of_the_gauss_newton_matrix():
@@ -518,8 +535,7 @@ def test_merged_blocks_are_unions():
     assert merged.samples[:, 0] == pytest.approx(traces.samples[:, :31].sum(dim=1))
 
 
-def shared_coverage(name, count, **settings):
-    objective = wide()
+def shared_coverage(name, count, objective, **settings):
     exact = measure(name, objective, method="exact", **settings).value
     runs = [
         measure(name, objective, seed, method="hutchinson", num_probes=probes, **settings)
@@ -531,7 +547,7 @@ def shared_coverage(name, count, **settings):
 
 @pytest.mark.parametrize("name", ["adam_mini_sharpness", "adalayer_sharpness"])
 def test_the_bounds_of_shared_steps_hold(name):
-    share, runs = shared_coverage(name, 5)
+    share, runs = shared_coverage(name, 5, fitted())
     assert share == 1.0
     assert runs[-1].converged
     assert runs[-1].probe_error < 0.1 * runs[-1].value
@@ -540,7 +556,8 @@ def test_the_bounds_of_shared_steps_hold(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adam_mini_sharpness", "adalayer_sharpness"])
 def test_the_bounds_of_shared_steps_hold_over_seeds(name):
-    assert shared_coverage(name, 60)[0] >= 0.95
+    assert shared_coverage(name, 60, fitted())[0] >= 0.95
+    assert shared_coverage(name, 60, wide())[0] >= 0.95  # blocks near zero and below
 
 
 @pytest.mark.slow
@@ -554,7 +571,8 @@ def test_the_bounds_of_shared_steps_hold_over_seeds(name):
     ],
 )
 def test_the_bounds_of_powers_hold_over_seeds(name, settings):
-    assert shared_coverage(name, 40, **settings)[0] >= 0.95
+    for objective in (fitted(), wide()):
+        assert shared_coverage(name, 40, objective, **settings)[0] >= 0.95
 
 
 def test_negative_blocks_are_said():
