@@ -66,7 +66,9 @@ class BlockTraces:
         count = int(labels.max()) + 1
 
         def gather(x: Tensor) -> Tensor:
-            return torch.zeros(*x.shape[:-1], count, dtype=x.dtype).index_add_(-1, labels, x)
+            return torch.zeros(*x.shape[:-1], count, dtype=x.dtype, device="cpu").index_add_(
+                -1, labels, x
+            )
 
         return BlockTraces(gather(self.samples), gather(self.scatter), gather(self.sizes))
 

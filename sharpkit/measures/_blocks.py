@@ -82,7 +82,7 @@ def _traces(
     count = int(labels.max()) + 1
 
     def gather(x: Tensor) -> Tensor:
-        return torch.zeros(count, dtype=torch.float64).index_add_(0, labels, x)
+        return torch.zeros(count, dtype=torch.float64, device="cpu").index_add_(0, labels, x)
 
     def rounding(sums: Tensor, largest: float, sizes: Tensor) -> Tensor:
         # That of a sum of entries, each wrong by its own share or that of the largest.

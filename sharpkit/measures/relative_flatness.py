@@ -89,8 +89,9 @@ def _one(layer: Analysis, name: str, num_probes: int, target_error: float | None
         return replace(estimate, probe_error=math.hypot(estimate.probe_error or 0.0, wrong))
     value = size = 0.0
     for start in range(0, dim, BLOCK):
-        units = torch.zeros(dim, min(BLOCK, dim - start), device=weight.device, dtype=weight.dtype)
-        units[range(start, start + units.shape[1]), range(units.shape[1])] = 1
+        index = torch.arange(start, min(start + BLOCK, dim), device=weight.device)
+        units = torch.zeros(dim, len(index), device=weight.device, dtype=weight.dtype)
+        units[index, index - start] = 1
         X = root(units)
         Y = layer.hessian @ X
         value += float((X.double() * Y.double()).sum())
