@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from sharpkit.errors import MeasureError, SettingsError, ShapeError
 from sharpkit.estimators import (
+    BlockTraces,
     Diagonal,
     Eigenpairs,
     SketchedDiagonal,
     Which,
+    block_traces,
     exact_diagonal,
     hutchinson_diagonal,
     xdiag,
@@ -24,7 +26,7 @@ from sharpkit.estimators import (
 from sharpkit.objective import Objective
 from sharpkit.objective.groups import GroupForms
 from sharpkit.objective.memory import available_memory
-from sharpkit.operators import OptimizerState, SymmetricOperator, ggn, hessian
+from sharpkit.operators import OptimizerState, SymmetricOperator, congruent, ggn, hessian
 from sharpkit.parameters import group_slices
 from sharpkit.spectral import Spectral
 
@@ -196,6 +198,49 @@ class Analysis:
                 forms=forms if self.num_groups else None,
             ),
         )
+
+    def congruent(self, purpose: str, root: Callable[[Tensor], Tensor]) -> Spectral:
+        """Return what the numbers of ``T H T`` share, for a symmetric map T of vectors.
+
+        Args:
+            purpose: Names the map: one name, one map. Its random draws depend on the name.
+            root: Maps ``V [P, K]`` to ``T V``.
+        """
+
+        def forms(V: Tensor, lefts: Sequence[Tensor]) -> GroupForms | None:
+            return self.objective.grouped_forms(
+                root(V), [root(U) for U in lefts], matrix="hessian", num_groups=self.num_groups
+            )
+
+        return self._once(
+            ("congruent", purpose),
+            lambda: Spectral(
+                congruent(self.hessian, root),
+                lambda draws: self.generator(f"{purpose}: {draws}"),
+                max_basis=self._basis_that_fits(),
+                forms=forms if self.num_groups else None,
+            ),
+        )
+
+    def row_traces(self, *, num_probes: int) -> BlockTraces:
+        """Return the traces of the Hessian's blocks of each row of each parameter.
+
+        A row is what belongs to one index of the first axis; a vector is one row. All come
+        from one set of probes of the whole Hessian, whose outliers count exactly.
+        """
+
+        def compute() -> BlockTraces:
+            space = self.objective.space
+            rows = [shape[0] if len(shape) > 1 else 1 for shape in space.shapes]
+            return block_traces(
+                self.hessian,
+                self.spectral().locked,
+                list(zip(space.sizes, rows, strict=True)),
+                num_probes=num_probes,
+                generator=self.generator("row_traces"),
+            )
+
+        return self._once(("row_traces", num_probes), compute)
 
     def _basis_that_fits(self) -> int | None:
         space = self.objective.space

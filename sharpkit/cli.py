@@ -181,7 +181,7 @@ def score(
             score_checkpoints(
                 files,
                 loaded,
-                requests,
+                measure or None,  # of all, those whose needs the recipe meets
                 seed=seed,
                 dtype=_dtype(dtype),
                 device=_device(device),

@@ -20,6 +20,7 @@ from sharpkit.estimators import (
     xdiag,
     xtrace,
 )
+from sharpkit.testing import trained_with_adam
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device; torch.cuda.is_available() is False"
@@ -67,6 +68,12 @@ ESTIMATORS = {
     "hutchinson": lambda H, g: [hutchinson_trace(H, num_probes=12, generator=g).value],
 }
 FURTHER = [
+    "adam_mini_sharpness:method=hutchinson",
+    "adalayer_sharpness:method=ggn",
+    "normalized_flatness:method=hutchinson,num_probes=10",
+    "relative_flatness:layer=*,num_probes=4",
+    "relative_flatness_max:form=joint",
+    "relative_flatness_max:layer=*,max_neurons=2",
     "adam_sharpness:method=xdiag,num_probes=10",
     "adam_sharpness:method=ggn",
     "adam_sharpness:method=hutchinson,num_probes=10",
@@ -104,10 +111,11 @@ def elsewhere_by_default():
 
 def test_measures_do_not_ask_for_the_default_device(elsewhere_by_default):
     requests = [*measures.names(), *FURTHER]
-    here = values(sk.score(objective(), requests))
+    beside = {"optimizer": trained_with_adam(objective())}
+    here = values(sk.score(objective(), requests, **beside))
     model = network()
     elsewhere_by_default()
-    assert_same(values(sk.score(objective(model), requests)), here)
+    assert_same(values(sk.score(objective(model), requests, **beside)), here)
 
 
 def test_estimators_do_not_ask_for_the_default_device(elsewhere_by_default):
@@ -146,9 +154,10 @@ def test_the_emulated_accelerator_refuses_what_an_accelerator_does():
 @pytest.mark.slow
 def test_measures_are_the_same_on_an_accelerator():
     requests = [*measures.names(), *FURTHER]
-    here = values(sk.score(objective(), requests))
+    beside = {"optimizer": trained_with_adam(objective())}
+    here = values(sk.score(objective(), requests, **beside))
     with accelerator():
-        there = values(sk.score(objective(far(network())), requests))
+        there = values(sk.score(objective(far(network())), requests, **beside))
     assert_same(there, here)
 
 

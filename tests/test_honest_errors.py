@@ -9,7 +9,8 @@ from torch import nn
 
 import sharpkit as sk
 from sharpkit.estimators import hutchinson_diagonal, xdiag
-from sharpkit.measures.adam_sharpness import _bound, _root_sum, _slopes
+from sharpkit.measures._concave import _bound, of_diagonal
+from sharpkit.measures.adam_sharpness import _roots
 from sharpkit.operators import SymmetricOperator
 
 
@@ -145,7 +146,9 @@ def test_the_bias_bound_of_adams_sharpness_holds(name, num_probes):
     for seed in range(runs):
         g = torch.Generator().manual_seed(seed)
         d = hutchinson_diagonal(SymmetricOperator.wrap(A), num_probes=num_probes, generator=g)
-        covered += abs(_root_sum(d.values) - truth) <= _bound(d.values, d.errors, g)[0]
+        traces = of_diagonal(d, method="hutchinson", product_error=0.0)
+        value = _roots(0.0).clipped(d.values)
+        covered += abs(value - truth) <= _bound(traces, _roots(0.0), g)[0]
     assert covered >= 0.95 * runs, f"{covered} of {runs}"
 
 
@@ -159,9 +162,9 @@ def test_the_bias_bound_holds_for_sketched_diagonals(name):
     for seed in range(runs):
         g = torch.Generator().manual_seed(seed)
         d = xdiag(SymmetricOperator.wrap(A), num_matvecs=32, generator=g)
-        variance = d.weighted(_slopes(d.values, d.errors)).probe_error ** 2
-        bound = _bound(d.values, d.errors, g, variance)[0]
-        covered += abs(_root_sum(d.values) - truth) <= bound
+        traces = of_diagonal(d, method="xdiag", product_error=0.0)
+        value = _roots(0.0).clipped(d.values)
+        covered += abs(value - truth) <= _bound(traces, _roots(0.0), g)[0]
     assert covered >= 0.95 * runs, f"{covered} of {runs}"
 
 

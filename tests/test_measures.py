@@ -7,6 +7,7 @@ import oracles_ball
 import oracles_norms as norms
 import pytest
 import torch
+from oracles_curv import EXACT as CURVATURE
 from torch import nn
 
 import sharpkit as sk
@@ -164,6 +165,7 @@ EXACT = {
     "spectral_norms": norms.log_spectral,
     "stable_rank": lambda o: (eigenvalues(o).square().sum() / eigenvalues(o).square().max()).item(),
     "top_eigenvalues": lambda o: torch.linalg.eigvalsh(dense_hessian(o))[-1].item(),
+    **CURVATURE,
 }
 
 

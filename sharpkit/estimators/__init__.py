@@ -9,6 +9,7 @@ from sharpkit.estimators.ascent import (
 )
 from sharpkit.estimators.average import average_rise, perturbation
 from sharpkit.estimators.basis import Storage
+from sharpkit.estimators.block_traces import BlockTraces, block_sums, block_traces
 from sharpkit.estimators.deflation import (
     Locked,
     Probes,
@@ -41,6 +42,7 @@ from sharpkit.estimators.worst_radius import WorstRadius, worst_radius
 
 __all__ = [
     "Ascent",
+    "BlockTraces",
     "Diagonal",
     "Eigenpairs",
     "Krylov",
@@ -55,6 +57,8 @@ __all__ = [
     "Which",
     "WorstRadius",
     "average_rise",
+    "block_sums",
+    "block_traces",
     "deflated_quadrature",
     "deflated_trace",
     "density_of",

@@ -2,6 +2,7 @@
 
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.blocks import blocks
+from sharpkit.operators.congruent import congruent, gram_root
 from sharpkit.operators.curvature import empirical_fisher, ggn, hessian, mc_fisher
 from sharpkit.operators.optimizer_state import OptimizerState
 from sharpkit.operators.transforms import (
@@ -22,10 +23,12 @@ __all__ = [
     "adam_preconditioned",
     "adaptive",
     "blocks",
+    "congruent",
     "deflated",
     "edge_of_stability",
     "empirical_fisher",
     "ggn",
+    "gram_root",
     "hessian",
     "mc_fisher",
     "preconditioned",
