@@ -17,7 +17,15 @@ DEFAULT_RHO = {"l2": 0.1, "linf": 0.2}  # within the grids of arXiv:2302.07011
     symbol="E_d L(theta+d) - L(theta), d ~ N(0, rho^2 w^2)",
     reference="Andriushchenko et al. 2023, arXiv:2302.07011",
     cost="2 num_pairs forwards (200) and 2 gradients",
-    invariant_to={"permutation", "layer_scale", "node_scale", "pair_scale"},
+    invariant_to={
+        "permutation",
+        "layer_scale",
+        "node_scale",
+        "pair_scale",
+        "batch_norm_scale",
+        "logit_scale",
+        "key_bias_shift",
+    },
     degree=1,
     nonnegative=False,
 )

@@ -15,7 +15,15 @@ DEFAULT_RHO = {"l2": 0.5, "linf": 0.002}  # in the middle of the grids of arXiv:
     symbol="max_{|d/w|<=rho} L(theta+d) - L(theta)",
     reference="Kwon et al. 2021, arXiv:2102.11600; Andriushchenko et al. 2023, arXiv:2302.07011",
     cost="steps + 1 gradients (21)",
-    invariant_to={"permutation", "layer_scale", "node_scale", "pair_scale"},
+    invariant_to={
+        "permutation",
+        "layer_scale",
+        "node_scale",
+        "pair_scale",
+        "batch_norm_scale",
+        "logit_scale",
+        "key_bias_shift",
+    },
     degree=1,
     nonnegative=True,
 )

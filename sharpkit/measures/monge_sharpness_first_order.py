@@ -16,7 +16,7 @@ from sharpkit.results import Estimate
     symbol="rho |g| / sqrt(1 + a^2 |g|^2)",
     reference="Jacobsen and Arvanitidis 2025, arXiv:2502.08448",
     cost="2 gradients, the second for the error",
-    invariant_to={"permutation", "orthogonal"},
+    invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=None,
     nonnegative=True,
 )
