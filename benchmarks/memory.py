@@ -3,8 +3,8 @@
     python benchmarks/memory.py [--millions 100] [--max-basis 16]
 
 Random weights, float32, one thread. The peak is the process's largest resident set, the
-account is the model, the objective's copy of its parameters, kept graphs, and
-(max_basis + K) vectors of P numbers, K = 8 being the columns of a block of probes.
+account is what the process holds after the first product (the model, the objective's copy of
+its parameters, kept graphs), and (max_basis + 8) vectors of P numbers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -40,6 +41,12 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def held() -> float:
+    """Return the present resident set, in GB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**30
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--millions", type=float, default=100)
@@ -52,9 +59,13 @@ def main() -> None:
     loaded = peak()
     objective = sk.Objective(model, nn.CrossEntropyLoss(), [(x, y)])
     objective.hvp(torch.randn(objective.space.dim))
-    ready = peak()
+    ready, trial = held(), peak()
     print(f"{objective.space.dim:,} parameters: a vector is {vector:.2f} GB")
-    print(f"peak: {base:.2f} GB imports, {loaded:.2f} with the model, {ready:.2f} after a product")
+    print(
+        f"peak: {base:.2f} GB imports, {loaded:.2f} with the model, {trial:.2f} in the trial of"
+        " products"
+    )
+    print(f"held: {ready:.2f} GB after the first product")
     requests = [
         "top_eigenvalues:k=1,which=largest",
         "hessian_trace",

@@ -101,7 +101,7 @@ class Spectral:
         return None if self.max_basis is None else self.max_basis - self._head_steps
 
     def _run(self) -> Krylov:
-        if self._krylov is None or self._krylov.restarts:
+        if self._krylov is None:
             self._krylov = Krylov(self.operator, self._generator("lanczos"), max_basis=self._room)
         return self._krylov
 
@@ -166,6 +166,7 @@ class Spectral:
             shared = block_size == 1
             if shared and room is not None:
                 _ = self.locked  # before a restart overwrites the run's first vectors
+                self.ritz_extremes()
             pairs = lanczos(
                 self.operator,
                 k=k,
@@ -177,8 +178,8 @@ class Spectral:
                 generator=self._generator("lanczos") if not shared else self._generator("second"),
                 krylov=self._run() if shared else None,
             )
-            if self._krylov is not None and self._krylov.restarts:
-                self._krylov.release()  # its first vectors have gone: it is of no more use
+            if shared and room is not None:
+                self._krylov = None  # its outliers are kept; another search begins anew
             return pairs
 
         return self._once(("eigenpairs", k, which, tol, max_matvecs, block_size), compute)
@@ -284,16 +285,17 @@ class Spectral:
         if self._forms is None or (not quadrature.bases and quadrature.dim > self.locked.size):
             return estimate
         key = ("shape data", len(quadrature.masses), quadrature.num_steps)
-        found = self._once(key, lambda: self._shape_parts(quadrature))
-        if found is None:
+        probes = self._once(key, lambda: self._shape_parts(quadrature))
+        order, known = self._known_forms(self.locked.size)
+        if probes is None or None in known:
             return estimate
-        known, probes = found
-        errors = np.concatenate([[], *(_errors(forms) for _, forms in known)])
+        errors = np.zeros(self.locked.size)
+        errors[order] = np.concatenate([[], *(_errors(forms) for forms in known)])
         reach = math.sqrt(3) * errors  # a uniform spread so far has that variance
         slopes = _slope(function, self.locked.values, reach)
         if further is not None:
             slopes = slopes + further(self.locked.values)
-        count = len(probes)
+        count, width = len(probes), block_size(self.operator)
 
         def bulk(x: np.ndarray) -> np.ndarray:
             # The node put at zero stands for what has no curvature: rounding has no slope.
@@ -302,7 +304,7 @@ class Spectral:
         total: Tensor | None = None
         weights = None
         for forms, coefficients in [
-            *((f, slopes[None, i : i + f.forms.shape[2]]) for i, f in known),
+            *((f, slopes[None, order[i * width : (i + 1) * width]]) for i, f in enumerate(known)),
             *((f, quadrature.slopes(bulk, i)[:, None] / count) for i, f in enumerate(probes)),
         ]:
             part = torch.einsum(
@@ -317,20 +319,29 @@ class Spectral:
         return replace(estimate, data_error=error[0], data_draws=_centred(error[1], estimate.value))
 
     def _shape_parts(self, quadrature: Quadrature) -> Any:
-        # Forms (q, q) of all known vectors, and of each probe (v_j, z) for its Lanczos vectors.
+        # Forms (v_j, z) of each probe and its Lanczos vectors.
         assert self._forms is not None
-        Q, known, probes = self.locked.vectors, [], []
-        width = block_size(self.operator)
-        for start in range(0, Q.shape[1], width):
-            columns = Q[:, start : start + width]
-            forms = self._forms(columns, [columns])
-            if forms is None:
-                return None
-            known.append((start, forms))
+        probes = []
         for i, basis in enumerate(quadrature.bases):
             z = basis[:1].T * math.sqrt(quadrature.masses[i])
             probes.append(self._forms(z, [v[:, None] for v in basis]))
-        return known, probes
+        return None if None in probes else probes
+
+    def _known_forms(self, most: int) -> tuple[np.ndarray, list[Any]]:
+        # The order of the known vectors by magnitude, and the forms (q, q) of the first.
+        order = np.argsort(-abs(self.locked.values))[:most]
+        width = block_size(self.operator)
+        parts = [order[start : start + width] for start in range(0, len(order), width)]
+        return order, [self._form(part) for part in parts]
+
+    def _form(self, indices: np.ndarray) -> Any:
+        def compute() -> Any:
+            assert self._forms is not None
+            Q = self.locked.vectors
+            columns = Q[:, torch.as_tensor(indices.copy(), device=Q.device)]
+            return self._forms(columns, [columns])
+
+        return self._once(("known forms", *indices.tolist()), compute)
 
     def eigenvalue_data_error(self, estimate: Estimate, vector: Tensor) -> Estimate:
         """Return an eigenvalue with its error from the data: ``v . (A_g v)`` group by group."""
@@ -378,18 +389,13 @@ class Spectral:
         locked = self.locked
         everything = self.operator.dim <= locked.size
         most = locked.size if everything else MOST_DATA_VECTORS
-        order = np.argsort(-abs(locked.values))[:most]
-        width = block_size(self.operator)
+        order, blocks = self._known_forms(most)
         Z = random_signs(self.operator, DATA_PROBES, self._generator("probes"))
         Z = Z[:, :0] if everything else Z
         Q = locked.vectors[:, torch.as_tensor(order.copy(), device=locked.vectors.device)]
         Z = Z - Q @ (Q.T @ Z)  # the probes stand for all but the largest, known or not
         Y = self.operator @ Z if Z.shape[1] else Z
         Y = Y - Q @ (Q.T @ Y)
-        blocks = []
-        for start in range(0, len(order), width):
-            columns = Q[:, start : start + width]
-            blocks.append(self._forms(columns, [columns]))
         if Z.shape[1]:
             blocks.append(self._forms(Z, [Z, Y]))
         if None in blocks:

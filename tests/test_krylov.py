@@ -140,14 +140,18 @@ def check_relation(krylov, A, tolerance=1e-11):
     assert true == pytest.approx(residuals, rel=1e-6, abs=1e-10 * scale)
 
 
-@pytest.mark.parametrize("name", ["outliers and bulk", "indefinite, near ties", "duplicates", "low rank", "identity", "five"])  # fmt: skip
-@pytest.mark.parametrize(("block", "most"), [(1, None), (1, 9), (3, None), (3, 17), (2, 8)])
+NAMES = ("outliers and bulk", "indefinite, near ties", "duplicates", "low rank", "identity")
+BLOCKS = [(1, None), (1, 9), (3, None), (3, 17), (2, 8)]
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "most"),
+    [(n, *b) for n in NAMES for b in BLOCKS] + [("five", 1, None), ("five", 3, None)],
+)
 @pytest.mark.parametrize("lock", [False, True])
 def test_the_relation_holds_after_steps_restarts_and_going_back(name, block, most, lock):
     A = from_eigenvalues(ALL[name])
     n = len(A)
-    if most is not None and most > n:
-        pytest.skip("a basis of the whole space never restarts")
     locked = torch.linalg.qr(A[:, :2] + torch.eye(n, dtype=A.dtype)[:, :2])[0] if lock else None
     krylov = Krylov(wrap(A), generator(), locked, block=min(block, n), max_basis=most, keep=(2, 2))
     undone = 0
@@ -427,11 +431,20 @@ def test_a_warm_start_does_not_hide_what_it_is_orthogonal_to():
         ({"k": 2, "block_size": 4, "max_basis": 13}, r"between 14 .* Got 13"),
         ({"start": torch.ones(30)}, r"`start` of shape \(30, j\). Got \(30,\)"),
         ({"start": torch.ones(29, 2)}, r"`start` of shape \(30, j\). Got \(29, 2\)"),
+        ({"start": torch.full((30, 1), math.nan)}, "finite `start`"),
         ({"failure_probability": 0}, "`failure_probability`"),
+        (
+            {"krylov": Krylov(wrap(torch.eye(30)), generator()), "block_size": 2},
+            "the run, 1. Got 2",
+        ),
+        (
+            {"krylov": Krylov(wrap(torch.eye(30)), generator()), "start": torch.ones(30, 1)},
+            "beside `krylov`",
+        ),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
-    error = ShapeError if "start" in settings else SettingsError
+    error = ShapeError if "`start` of shape" in message else SettingsError
     with pytest.raises(error, match=message):
         lanczos(wrap(torch.eye(30)), generator=generator(), **settings)
 

@@ -228,10 +228,10 @@ def test_optimizer_states_that_cannot_be_read():
     other = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     state = one_group(seeded(mlp)).state_dict()
     del state["param_groups"][0]["param_names"]
-    with pytest.raises(OperatorError, match="which has 4 parameters. It has 6"):
+    with pytest.raises(OperatorError, match="which has 4 parameters"):
         operators.OptimizerState.of(state, other).adam_diagonal(space)
     swapped = {**state, "state": {i: state["state"][5 - i] for i in range(6)}}
-    with pytest.raises(OperatorError, match="exp_avg of '0.weight' of shape"):
+    with pytest.raises(OperatorError, match=r"exp_avg of .* of shape"):
         operators.OptimizerState.of(swapped, model)
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharpkit.estimators.protocol import Matrix
+from sharpkit.estimators.protocol import LARGE, Matrix
 
 __all__ = ["Basis", "Storage", "accurate_gram", "column_dots"]
 
 ROWS = 16  # vectors of a chunk: memory grows by so many, and nothing is copied
+LARGE_ROWS = 4  # of long vectors, so that what is forgotten is free
 SLICE = 2**20  # entries of each vector taken at a time where all of them would not fit
 
 
@@ -59,12 +60,13 @@ def column_dots(X: Tensor, W: Tensor) -> Tensor:
 class Basis:
     """Orthonormal vectors that come one block after another.
 
-    Memory: the vectors, in chunks of 16; nothing is ever copied to grow.
+    Memory: the vectors, in chunks of 16 (4 of long ones); nothing is ever copied to grow.
     """
 
     def __init__(self, matrix: Matrix, storage: Storage | None = None):
         storage = storage or Storage()
         self.dim = matrix.dim
+        self._rows_each = ROWS if matrix.dim <= LARGE else LARGE_ROWS
         self._dtype, self._device = matrix.dtype, matrix.device
         self._kept_dtype = storage.dtype or matrix.dtype
         self._kept_device = torch.device(storage.device or matrix.device)
@@ -80,11 +82,11 @@ class Basis:
         """Add the columns of ``X [P, b]``; returns them as they are remembered."""
         kept = X.to(self._kept_device, self._kept_dtype)
         for column in kept.unbind(dim=1):
-            chunk, row = divmod(self.size, ROWS)
+            chunk, row = divmod(self.size, self._rows_each)
             if chunk == len(self._chunks):
                 self._chunks.append(
                     torch.empty(
-                        min(ROWS, self.dim - self.size),
+                        min(self._rows_each, self.dim - self.size),
                         self.dim,
                         dtype=self._kept_dtype,
                         device=self._kept_device,
@@ -96,7 +98,8 @@ class Basis:
 
     def _rows(self, size: int) -> list[Tensor]:
         # The chunks, cut to the first vectors.
-        return [c[: size - ROWS * i] for i, c in enumerate(self._chunks) if size > ROWS * i]
+        starts = range(0, size, self._rows_each)
+        return [c[: size - at] for at, c in zip(starts, self._chunks, strict=False)]
 
     def coefficients(self, W: Tensor) -> Tensor:
         """Return ``V^T W [size, b]``."""
@@ -155,13 +158,13 @@ class Basis:
             old = torch.cat([self._near(c[:, part]) for c in rows])
             new = (S.T @ old).to(self._kept_device, self._kept_dtype)
             for i, chunk in enumerate(self._rows(count)):
-                chunk[:, part] = new[ROWS * i : ROWS * i + len(chunk)]
+                chunk[:, part] = new[self._rows_each * i : self._rows_each * i + len(chunk)]
         self.truncate(count)
 
     def truncate(self, size: int) -> None:
         """Forget all but the first vectors, and free whole chunks."""
         self.size = min(size, self.size)
-        del self._chunks[-(-self.size // ROWS) :]
+        del self._chunks[-(-self.size // self._rows_each) :]
 
     def _near(self, piece: Tensor) -> Tensor:
         return piece.to(self._device, self._dtype)

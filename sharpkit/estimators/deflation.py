@@ -62,14 +62,16 @@ class Locked:
         """The number q of pairs."""
         return len(self.values)
 
-    def project(self, V: Tensor) -> Tensor:
-        """Return ``(I - Q Q^T) V``."""
+    def project(self, V: Tensor, *, keep: bool = True) -> Tensor:
+        """Return ``(I - Q Q^T) V``; without ``keep`` V may be written over."""
         if not self.size:
             return V
         along = self.vectors.T @ V
         if V.shape[1] == 1:
             return torch.addmv(V[:, 0], self.vectors, along[:, 0], alpha=-1)[:, None]
-        rows = V.T.clone(memory_format=torch.contiguous_format)
+        rows = V.T
+        if keep or not rows.is_contiguous():
+            rows = rows.clone(memory_format=torch.contiguous_format)
         return rows.addmm_(along.T, self.vectors.T, alpha=-1).T
 
 
@@ -153,7 +155,7 @@ class Probing:
         while len(self.traces) < num_probes:
             count = min(block_size(self.matrix), num_probes - len(self.traces))
             Z = random_signs(self.matrix, count, self.generator)
-            AZ = self.locked.project(self.matrix @ self.locked.project(Z))
+            AZ = self.locked.project(self.matrix @ self.locked.project(Z), keep=False)
             for z, Az in zip(Z.unbind(dim=1), AZ.unbind(dim=1), strict=True):
                 entries = z * Az
                 self.entries.add(entries[:, None])

@@ -75,7 +75,7 @@ class Krylov:
         self.steps: list[_Step] = []
         self.restarts = 0
         self.keep, self.warm = keep, start is not None
-        self._block, self._most = block, max_basis
+        self.block, self._most = block, max_basis
         self._T = np.zeros((0, 0))
         self._couplings: list[np.ndarray] = []  # what each product had along locked vectors
         self._products = 0
@@ -115,12 +115,12 @@ class Krylov:
         mean = start.to(self.matrix.device, self.matrix.dtype).sum(dim=1)
         mean = torch.nn.functional.normalize(mean, dim=0)
         lead = (mean + 0.1 * sphere_vector(self.matrix, self.generator))[:, None]
-        others = self._fresh(self._block - 1) if self._block > 1 else None
+        others = self._fresh(self.block - 1) if self.block > 1 else None
         return self._independent(lead if others is None else torch.cat([lead, others], 1))
 
     def _fresh(self, count: int | None = None) -> Tensor | None:
         # Random orthonormal vectors, orthogonal to all that there are; fewer if none is left.
-        count = min(count or self._block, self.matrix.dim - self._taken())
+        count = min(count or self.block, self.matrix.dim - self._taken())
         if count <= 0:
             return None
         for _ in range(5):
@@ -150,7 +150,7 @@ class Krylov:
             held = None
             if self.locked is not None:
                 held = self.locked.T @ W
-                W = W - self.locked @ held
+                W = torch.addmm(W, self.locked, held, alpha=-1)
             first = first or (along, held)
             taken = float(along.norm()) + (0.0 if held is None else float(held.norm()))
             if taken <= enough * float(W.norm()):
@@ -180,10 +180,10 @@ class Krylov:
         own, length = accurate_gram(X, W).cpu().numpy(), float(W.norm())
         own = (own + own.T) / 2
         # Take out what the recurrence knows first: the rest is rounding, for one pass.
-        W = W - X @ torch.as_tensor(own, dtype=X.dtype, device=X.device)
+        W = torch.addmm(W, X, torch.as_tensor(own, dtype=X.dtype, device=X.device), alpha=-1)
         if self._last is not None and before:
-            known = self._R[:, -self._last.shape[1] :].T
-            W = W - self._last @ torch.as_tensor(known.copy(), dtype=X.dtype, device=X.device)
+            known = torch.as_tensor(self._R[:, -self._last.shape[1] :].T.copy(), device=X.device)
+            W.addmm_(self._last, known.to(X.dtype), alpha=-1)
         expected = np.zeros((before, width)) if self._last is not None else self._R.T
         W, along, held = self._orthogonalize(W, ONE_PASS)
         self._last = X
@@ -287,7 +287,7 @@ class Krylov:
         """
         at = self._at(steps)
         T = self._T[: at.size, : at.size]
-        if self._block == 1 and not self.restarts:
+        if self.block == 1 and not self.restarts:
             values, S = tridiagonal(np.diag(T), np.diag(T, 1))
         else:
             values, S = np.linalg.eigh(T)

@@ -74,14 +74,16 @@ def lanczos(
         storage: Where the basis lies: on the CPU, or in bfloat16.
         failure_probability: Of the bounds beyond the Ritz values.
         generator: Source of the start vectors.
-        krylov: A run to go on from: its steps are taken as this search's own first ones.
+        krylov: A run to go on from: its steps are taken as this search's own first ones. The
+            block, the storage and the start are its own.
 
     Returns:
         Pairs, residuals, bounds and whether they converged.
 
     Raises:
         SettingsError: If k, the block or the basis is less than 1 or more than P, the basis
-            is too small for k, or a setting is not positive.
+            is too small for k, a setting is not positive, the start is not finite, or
+            settings of a run are given beside ``krylov``.
 
     Example:
         >>> from sharpkit.operators import SymmetricOperator
@@ -112,6 +114,18 @@ def lanczos(
         )
     if start is not None and (start.ndim != 2 or start.shape[0] != matrix.dim):
         raise ShapeError(f"Expected `start` of shape ({matrix.dim}, j). Got {tuple(start.shape)}.")
+    if start is not None and not bool(torch.isfinite(start).all()):
+        raise SettingsError("Expected a finite `start`. Got NaN or inf in it.")
+    if krylov is not None:
+        if start is not None or storage is not None:
+            raise SettingsError(
+                "Expected no `start` and no `storage` beside `krylov`: they belong to the run."
+                " Make the Krylov with them, or leave `krylov` out."
+            )
+        if block_size != krylov.block:
+            raise SettingsError(
+                f"Expected `block_size` to be that of the run, {krylov.block}. Got {block_size}."
+            )
     ends = 2 if which == "both" else 1
     if max_basis is not None:
         fewest = min(ends * k + 2 * block_size + 2, matrix.dim)

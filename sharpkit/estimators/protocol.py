@@ -21,8 +21,9 @@ __all__ = [
 
 
 BLOCK = 8  # vectors multiplied together: batches are read once for all of them
-LARGE = 2**24  # entries of a vector from which on blocks are small
+LARGE = 2**23  # entries of a vector from which on blocks are small
 LARGE_BLOCK = 2
+PIECE = 2**18  # entries taken at a time, so that copies in double precision stay small
 
 
 class Matrix(Protocol):
@@ -49,11 +50,13 @@ class RunningMoments:
     def add(self, columns: Tensor) -> None:
         """Take in the columns of a block ``[P, K]``."""
         for entries in columns.unbind(dim=1):
-            column = entries.double()
             self.count += 1
-            delta = column - self.mean
-            self.mean += delta / self.count
-            self._squares += delta * (column - self.mean)
+            pieces = (torch.split(t, PIECE) for t in (entries, self.mean, self._squares))
+            for column, mean, squares in zip(*pieces, strict=True):
+                column = column.double()
+                delta = column - mean
+                mean += delta / self.count
+                squares += delta * (column - mean)
 
     @property
     def variances(self) -> Tensor:

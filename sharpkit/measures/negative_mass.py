@@ -26,6 +26,10 @@ def negative_mass(analysis: Analysis, *, num_probes: int = 4, num_steps: int = 1
     How far from a minimum the point is, in magnitudes rather than counts: most eigenvalues
     are so near to zero that their signs say nothing.
 
+    The error from the data is to first order in the change of the Hessian: where the data
+    decide which eigenvalues are positive (few examples, a wide bulk), it was up to half too
+    small.
+
     Args:
         analysis: What is measured.
         num_probes: Random vectors, beside the Lanczos run's.

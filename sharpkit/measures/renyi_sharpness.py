@@ -48,6 +48,10 @@ def renyi_sharpness(
     ``details["floor_shift"]`` bounds what they could add. The paper takes layers one by one
     (``renyi_sharpness_per_layer``) and magnitudes of eigenvalues, as ``"abs"`` does.
 
+    The error from the data is to first order in the change of the Hessian: where the data
+    decide which eigenvalues are positive (few examples, a wide bulk), it was up to half too
+    small.
+
     Args:
         analysis: What is measured.
         alpha: Order, greater than 0; inf is allowed.
