@@ -142,7 +142,8 @@ class _Normalized(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         centred = z - z.mean(dim=1, keepdim=True)
-        return centred / centred.norm(dim=1, keepdim=True)
+        normalized: Tensor = centred / centred.norm(dim=1, keepdim=True)
+        return normalized
 
 
 class _Attention(nn.Module):
