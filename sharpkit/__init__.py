@@ -12,6 +12,7 @@
 from importlib.metadata import version
 
 from sharpkit.analysis import Analysis
+from sharpkit.auditing import AuditResult, audit
 from sharpkit.errors import SharpkitError, SharpkitWarning
 from sharpkit.objective import Objective
 from sharpkit.operators import SymmetricOperator, empirical_fisher, ggn, hessian, mc_fisher
@@ -22,6 +23,7 @@ from sharpkit.scoring import score
 
 __all__ = [
     "Analysis",
+    "AuditResult",
     "Cost",
     "Curve",
     "Estimate",
@@ -35,6 +37,7 @@ __all__ = [
     "Spectrum",
     "SpectrumSummary",
     "SymmetricOperator",
+    "audit",
     "compare",
     "empirical_fisher",
     "ggn",

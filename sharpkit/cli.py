@@ -31,6 +31,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sharpkit import __version__, measures
+from sharpkit.auditing import audit as audit_objective
+from sharpkit.cli_audit import report
 from sharpkit.errors import SettingsError, SharpkitError, SharpkitWarning
 from sharpkit.results import Estimate, Score, format_value
 from sharpkit.scoring import parse_request
@@ -369,6 +371,78 @@ def _print_measure(out: Console, m: measures.Measure) -> None:
     out.print(Text(f"under L -> cL {degree}"))
     out.print(Text(f"cost          {m.cost}"))
     out.print(Text(f"reference     {m.reference}"))
+
+
+# -- audit -------------------------------------------------------------------------------
+
+
+@app.command()
+def audit(
+    checkpoint: Annotated[Path, typer.Argument(help="One file of weights.")],
+    recipe: RecipeOption,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option("-m", "--measure", help="NAME or NAME:key=value,...; default all."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Draw the factors: .png, .pdf, .svg.")
+    ] = None,
+    elements: Annotated[int, typer.Option(help="Random elements of each symmetry.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of elements and measures.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Evaluate in float64, float32 or bfloat16.")
+    ] = "float64",
+    device: DeviceOption = None,
+    params: ParamsOption = None,
+    trust_pickle: TrustOption = False,
+) -> None:
+    """Apply exact symmetries of the network, and tell which measures move."""
+    for request in measure or ():
+        parse_request(request)  # refuse before anything is computed
+    if output is not None:
+        _check_figure(output)
+    loaded = load_recipe(recipe)
+    objective, _ = loaded.objective(
+        checkpoint,
+        dtype=_dtype(dtype),
+        device=_device(device),
+        params=params or None,
+        trust_pickle=trust_pickle,
+    )
+    with _progress() as bar:
+        task = bar.add_task("", total=None)
+
+        def progress(text: str, done: int, total: int) -> None:
+            bar.update(task, description=text, completed=done, total=total)
+
+        result = audit_objective(
+            objective,
+            measure or None,
+            elements=elements,
+            seed=seed,
+            initial=loaded.beside(checkpoint).get("initial"),
+            progress=progress,
+        )
+    if as_json:
+        sys.stdout.write(result.to_json() + "\n")
+    else:
+        out = _stdout()
+        for item in report(result):
+            out.print(item)
+    if output is not None and result.symmetries:
+        from sharpkit.plots import plot_audit, save_figure
+
+        save_figure(plot_audit(result, title=checkpoint.name), output)
+    failed = any(c.verdict == "failed" for c in result.changes)
+    _leave(SOME_FAILED if failed or result.contradicted else OK)
+
+
+def _check_figure(path: Path) -> None:
+    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise SettingsError(f"Expected a figure's name to end in .png, .pdf or .svg. Got {path}.")
+    if not path.parent.is_dir():
+        raise SettingsError(f"Expected the folder {path.parent} to exist. Make it first.")
 
 
 # -- doctor ------------------------------------------------------------------------------

@@ -7,7 +7,12 @@ shows that every symmetry it does not claim changes it.
 
 from sharpkit.testing.battery import check_measure, check_together, find_claims
 from sharpkit.testing.operators import check_operator
-from sharpkit.testing.pairs import check_symmetry, symmetric_pair
+from sharpkit.testing.pairs import (
+    check_symmetry,
+    initial_of,
+    symmetric_pair,
+    trained_with_adam,
+)
 
 __all__ = [
     "check_measure",
@@ -15,5 +20,7 @@ __all__ = [
     "check_symmetry",
     "check_together",
     "find_claims",
+    "initial_of",
     "symmetric_pair",
+    "trained_with_adam",
 ]

@@ -16,13 +16,21 @@ from sharpkit.analysis import Analysis
 from sharpkit.errors import SettingsError
 from sharpkit.objective import Objective
 
-__all__ = ["SEEDS", "Setting", "check_symmetry", "relu_network", "settings", "symmetric_pair"]
+__all__ = [
+    "SEEDS",
+    "Setting",
+    "check_symmetry",
+    "initial_of",
+    "relu_network",
+    "settings",
+    "symmetric_pair",
+    "trained_with_adam",
+]
 
 SEEDS = (0, 1, 2)
-STEPS = 1000  # what the pretended optimizer has made
 
-Element = Callable[[nn.Module], nn.Module]
-"""A group element: changes the parameters and buffers of a model in place and returns it."""
+Element = Callable[[nn.Module], None]
+"""A group element: changes the parameters and buffers of a model in place."""
 
 
 class Draw:
@@ -56,12 +64,44 @@ class Draw:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a group element for it, inputs, and the number of classes (0: one real output)."""
+    """How the networks of a symmetry are made.
 
-    model: nn.Module
-    element: Element
-    inputs: Tensor
+    Attributes:
+        inputs: Shape of the data.
+        classes: Number of classes; 0: one real output.
+        model: A random network.
+        element: A random group element for it.
+    """
+
+    inputs: tuple[int, ...]
     classes: int
+    model: Callable[[Draw], nn.Module]
+    element: Callable[[Draw], Element]
+
+
+def initial_of(objective: Objective) -> Tensor:
+    """Return what :func:`check_measure` passes as the parameters before training.
+
+    Half of theta, which every linear symmetry carries along.
+    """
+    return objective.theta / 2
+
+
+def trained_with_adam(objective: Objective) -> dict[str, Any]:
+    """Return the state of an Adam that measures and their oracles may need.
+
+    After one step of a copy, along the gradient divided by its length: its moments are as
+    the parameters' symmetries have them, whatever the loss is multiplied by.
+    """
+    gradient = objective.gradient()
+    parts = objective.space.unflatten(gradient / gradient.norm())
+    copied = copy.deepcopy(objective.model)
+    named = {n: p for n, p in copied.named_parameters() if n in parts}
+    optimizer = torch.optim.Adam(named.items(), lr=0.1, eps=1e-3)
+    for name, p in named.items():
+        p.grad = parts[name].to(p).clone()
+    optimizer.step()
+    return optimizer.state_dict()
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +110,9 @@ class Setting:
 
     Attributes:
         objective: What is measured.
-        initial: Parameters before training, ``[P]``.
     """
 
     objective: Objective
-    initial: Tensor
     _memory: dict[tuple[int, bool], Analysis] = field(default_factory=dict)
 
     def analysis(self, seed: int, needs: Set[str], *, fresh: bool = False) -> Analysis:
@@ -88,24 +126,13 @@ class Setting:
         key = seed, "optimizer" in needs
         if not fresh and key in self._memory:
             return self._memory[key]
-        optimizer = self.optimizer() if "optimizer" in needs else None
-        made = Analysis(
-            self.objective, seed=seed, num_groups=0, initial=self.initial, optimizer=optimizer
-        )
+        made = Analysis(self.objective, seed=seed, num_groups=0, **self.beside(needs))
         return made if fresh else self._memory.setdefault(key, made)
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Return an Adam that knows the mean squares of the examples' gradients here."""
-        named = dict(self.objective.model.named_parameters())
-        squares = self.objective.per_example_gradients().square().mean(dim=0)
-        optimizer = torch.optim.Adam(list(named.values()), lr=1e-3)
-        for name, v in self.objective.space.unflatten(squares).items():
-            optimizer.state[named[name]] = {
-                "step": torch.tensor(float(STEPS)),
-                "exp_avg": torch.zeros_like(v),
-                "exp_avg_sq": v * (1 - 0.999**STEPS),
-            }
-        return optimizer
+    def beside(self, needs: Set[str]) -> dict[str, Any]:
+        """Return what an analysis or a score is given beside the objective."""
+        optimizer = trained_with_adam(self.objective) if "optimizer" in needs else None
+        return {"initial": initial_of(self.objective), "optimizer": optimizer}
 
 
 # -- networks and elements ---------------------------------------------------------------
@@ -117,11 +144,11 @@ class _Rotated(nn.Module):
     def __init__(self, theta: Tensor, rotation: Tensor):
         super().__init__()
         half = len(theta) // 2  # two layers, which the rotation mixes
-        self.first, self.second = nn.Parameter(theta[:half]), nn.Parameter(theta[half:])
+        self.weight_1, self.weight_2 = nn.Parameter(theta[:half]), nn.Parameter(theta[half:])
         self.register_buffer("rotation", rotation)
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.rotation.T @ torch.cat([self.first, self.second])  # type: ignore[operator]
+        w = self.rotation.T @ torch.cat([self.weight_1, self.weight_2])  # type: ignore[operator]
         output: Tensor = torch.tanh(x @ w[: x.shape[1]]) + 0.3 * (x @ w[x.shape[1] :]) ** 2
         return output
 
@@ -161,100 +188,106 @@ class _Attention(nn.Module):
 def relu_network(draw: Draw) -> nn.Sequential:
     """Return a random ReLU network of three layers, 4 inputs and 3 classes."""
     model = nn.Sequential(
-        nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)
+        nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)
     ).double()
     draw.fill(model)
     return model
 
 
-def _permutation(draw: Draw) -> Case:
-    orders = {i: draw.order(n) for i, n in ((0, 5), (2, 4))}
+def _permutation(draw: Draw) -> Element:
+    orders = {i: draw.order(n) for i, n in ((0, 6), (2, 5))}
 
-    def element(model: Any) -> nn.Module:
+    def element(model: Any) -> None:
         for i, order in orders.items():
             for p in model[i].parameters():
                 p.copy_(p[order])
             model[i + 2].weight.copy_(model[i + 2].weight[:, order])
-        return model  # type: ignore[no-any-return]
 
-    return Case(relu_network(draw), element, draw.normal(12, 4), 3)
+    return element
 
 
-def _scaling(draw: Draw, scales: Mapping[int, Tensor]) -> Case:
+def _scaling(scales: Mapping[int, Tensor]) -> Element:
     # The outputs of linear layer i are multiplied, the next layer's inputs divided.
-    def element(model: Any) -> nn.Module:
+    def element(model: Any) -> None:
         for i, c in scales.items():
             model[i].weight.mul_(c[:, None])
             model[i].bias.mul_(c)
             model[i + 2].weight.div_(c)
-        return model  # type: ignore[no-any-return]
 
-    return Case(relu_network(draw), element, draw.normal(12, 4), 3)
+    return element
 
 
-def _layer_scale(draw: Draw) -> Case:
+def _layer_scale(draw: Draw) -> Element:
     c, d = 1.5 + draw.log_uniform(1), 1 / (1.5 + draw.log_uniform(1))
-    return _scaling(draw, {0: c.expand(5), 2: d.expand(4)})
+    return _scaling({0: c.expand(6), 2: d.expand(5)})
 
 
-def _node_scale(draw: Draw) -> Case:
-    return _scaling(draw, {0: draw.log_uniform(5), 2: draw.log_uniform(4)})
+def _node_scale(draw: Draw) -> Element:
+    return _scaling({0: draw.log_uniform(6), 2: draw.log_uniform(5)})
 
 
-def _orthogonal(draw: Draw) -> Case:
+def _rotated(draw: Draw) -> nn.Module:
+    return _Rotated(0.8 * draw.normal(8), torch.eye(8, dtype=torch.float64))
+
+
+def _orthogonal(draw: Draw) -> Element:
     rotation = torch.linalg.qr(draw.normal(8, 8))[0]
 
-    def element(model: Any) -> nn.Module:
-        theta = rotation @ torch.cat([model.first, model.second])
-        model.first.copy_(theta[:4])
-        model.second.copy_(theta[4:])
+    def element(model: Any) -> None:
+        theta = rotation @ torch.cat([model.weight_1, model.weight_2])
+        model.weight_1.copy_(theta[:4])
+        model.weight_2.copy_(theta[4:])
         model.rotation.copy_(rotation)
-        return model  # type: ignore[no-any-return]
 
-    model = _Rotated(0.8 * draw.normal(8), torch.eye(8, dtype=torch.float64))
-    return Case(model, element, draw.normal(12, 4), 0)
+    return element
 
 
-def _pair_scale(draw: Draw) -> Case:
+def _pair_scale(draw: Draw) -> Element:
     c = draw.log_uniform(4)
 
-    def element(model: Any) -> nn.Module:
+    def element(model: Any) -> None:
         model.u.mul_(c)
         model.v.div_(c)
-        return model  # type: ignore[no-any-return]
 
-    return Case(_Product(draw.normal(4), draw.normal(4)), element, draw.normal(12, 4), 0)
+    return element
 
 
-def _batch_norm_scale(draw: Draw) -> Case:
-    c = draw.log_uniform(3)
+def _normalised_network(draw: Draw) -> nn.Module:
     norm = nn.BatchNorm1d(3)
     model = nn.Sequential(nn.Linear(2, 3), norm, nn.Tanh(), nn.Linear(3, 2)).double().eval()
     draw.fill(model)
     norm.running_mean = 0.5 * draw.normal(3)
     norm.running_var = draw.log_uniform(3)
+    return model
 
-    def element(model: Any) -> nn.Module:
+
+def _batch_norm_scale(draw: Draw) -> Element:
+    c = draw.log_uniform(3)
+
+    def element(model: Any) -> None:
         model[0].weight.mul_(c[:, None])
         model[0].bias.mul_(c)
         model[1].running_mean.mul_(c)
-        model[1].running_var.add_(norm.eps).mul_(c.square()).sub_(norm.eps)
-        return model  # type: ignore[no-any-return]
+        eps = model[1].eps
+        model[1].running_var.add_(eps).mul_(c.square()).sub_(eps)
 
-    return Case(model, element, draw.normal(12, 2), 2)
+    return element
 
 
-def _logit_scale(draw: Draw) -> Case:
-    c = float(1.5 + draw.log_uniform(1))
+def _normalised_logits(draw: Draw) -> nn.Module:
     model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3), _Normalized()).double()
     draw.fill(model)
+    return model
 
-    def element(model: Any) -> nn.Module:
+
+def _logit_scale(draw: Draw) -> Element:
+    c = float(1.5 + draw.log_uniform(1))
+
+    def element(model: Any) -> None:
         model[2].weight.mul_(c)
         model[2].bias.mul_(c)
-        return model  # type: ignore[no-any-return]
 
-    return Case(model, element, draw.normal(12, 2), 3)
+    return element
 
 
 def _attention(draw: Draw) -> nn.Module:
@@ -263,44 +296,42 @@ def _attention(draw: Draw) -> nn.Module:
     return model
 
 
-def _attention_gl(draw: Draw) -> Case:
+def _attention_gl(draw: Draw) -> Element:
     # W_q, W_k -> A W_q, A^-T W_k and W_v, W_o -> B W_v, W_o B^-1, biases included.
     A, B = (
         torch.linalg.qr(draw.normal(2, 2))[0] @ torch.diag(draw.log_uniform(2) ** 3)
         for _ in range(2)
     )
 
-    def element(model: Any) -> nn.Module:
+    def element(model: Any) -> None:
         inner = model.attention
         for p in (inner.in_proj_weight, inner.in_proj_bias):
             for i, M in enumerate((A, torch.linalg.inv(A).T, B)):
                 p[2 * i : 2 * i + 2] = M @ p[2 * i : 2 * i + 2]
         inner.out_proj.weight.copy_(inner.out_proj.weight @ torch.linalg.inv(B))
-        return model  # type: ignore[no-any-return]
 
-    return Case(_attention(draw), element, draw.normal(6, 3, 2), 2)
+    return element
 
 
-def _key_bias_shift(draw: Draw) -> Case:
+def _key_bias_shift(draw: Draw) -> Element:
     shift = draw.normal(2)
 
-    def element(model: Any) -> nn.Module:
+    def element(model: Any) -> None:
         model.attention.in_proj_bias[2:4] += shift
-        return model  # type: ignore[no-any-return]
 
-    return Case(_attention(draw), element, draw.normal(6, 3, 2), 2)
+    return element
 
 
-CASES: Mapping[str, Callable[[Draw], Case]] = {
-    "permutation": _permutation,
-    "orthogonal": _orthogonal,
-    "layer_scale": _layer_scale,
-    "node_scale": _node_scale,
-    "pair_scale": _pair_scale,
-    "batch_norm_scale": _batch_norm_scale,
-    "logit_scale": _logit_scale,
-    "attention_gl": _attention_gl,
-    "key_bias_shift": _key_bias_shift,
+CASES: Mapping[str, Case] = {
+    "permutation": Case((12, 4), 3, relu_network, _permutation),
+    "orthogonal": Case((12, 4), 0, _rotated, _orthogonal),
+    "layer_scale": Case((12, 4), 3, relu_network, _layer_scale),
+    "node_scale": Case((12, 4), 3, relu_network, _node_scale),
+    "pair_scale": Case((12, 4), 0, lambda d: _Product(d.normal(4), d.normal(4)), _pair_scale),
+    "batch_norm_scale": Case((12, 2), 2, _normalised_network, _batch_norm_scale),
+    "logit_scale": Case((12, 2), 3, _normalised_logits, _logit_scale),
+    "attention_gl": Case((6, 3, 2), 2, _attention, _attention_gl),
+    "key_bias_shift": Case((6, 3, 2), 2, _attention, _key_bias_shift),
 }
 
 
@@ -311,13 +342,13 @@ CASES: Mapping[str, Callable[[Draw], Case]] = {
 def settings(name: str, seed: int, *, labels: bool = False) -> tuple[Setting, Setting]:
     """Return a random network and the same function after a random group element.
 
-    Both are made once and shared, so that measures do not each build them anew. Where the
-    network has initial parameters, the same element has moved them too.
+    Both are made once and shared, so that measures do not each build them anew.
 
     Args:
         name: A key of ``sharpkit.measures.SYMMETRIES``.
         seed: Of the network, the data and the element.
-        labels: Whether the criterion must be one of class labels.
+        labels: Whether the targets must be class labels; they are then those that the network
+            gives, so that perturbations lower the accuracy.
 
     Raises:
         SettingsError: If there is no test of this symmetry.
@@ -326,58 +357,53 @@ def settings(name: str, seed: int, *, labels: bool = False) -> tuple[Setting, Se
         raise SettingsError(
             f"Expected a symmetry among {', '.join(measures.SYMMETRIES)}. Got {name!r}."
         )
-    draw = Draw(1000 + seed)
-    case = CASES[name](draw)
-    count = len(case.inputs)
-    loss: nn.Module = nn.CrossEntropyLoss()
+    case, draw = CASES[name], Draw(1000 + seed)
+    x, count = draw.normal(*case.inputs), case.inputs[0]
+    loss: nn.Module = nn.CrossEntropyLoss() if case.classes else nn.MSELoss()
+    targets = torch.empty(0) if case.classes else draw.normal(count)
+    model = case.model(draw)
     if case.classes:
         targets = torch.randint(case.classes, (count,), generator=draw.generator)
-    else:
-        targets = draw.normal(count)
-        loss = nn.MSELoss()
+    element, other = case.element(draw), copy.deepcopy(model)
+    with torch.no_grad():
         if labels:
-            targets, loss = (targets > 0).double(), nn.BCEWithLogitsLoss()
-    initial = copy.deepcopy(case.model)
-    draw.fill(initial, 0.5)
-    pair = []
-    for moved in (False, True):
-        model, start = copy.deepcopy(case.model), copy.deepcopy(initial)
-        if moved:
-            with torch.no_grad():
-                model, start = case.element(model), case.element(start)
-        objective = Objective(model, loss, (case.inputs, targets))
-        state = {n: p.detach() for n, p in start.named_parameters()}
-        pair.append(Setting(objective, objective.space.flatten(state)))
-    return pair[0], pair[1]
+            outputs = model(x)
+            targets = outputs.argmax(dim=1) if case.classes else (outputs > 0).double()
+            loss = loss if case.classes else nn.BCEWithLogitsLoss()
+        element(other)
+    return Setting(Objective(model, loss, (x, targets))), Setting(
+        Objective(other, loss, (x, targets))
+    )
 
 
-def symmetric_pair(name: str, seed: int) -> tuple[Objective, Objective]:
+def symmetric_pair(name: str, seed: int, *, labels: bool = False) -> tuple[Objective, Objective]:
     """Return two objectives in float64 that a random element of a symmetry relates.
 
     Args:
         name: A key of ``sharpkit.measures.SYMMETRIES``.
         seed: Of the network, the data and the group element.
+        labels: Whether the targets must be class labels; they are then those that the network
+            gives, so that perturbations lower the accuracy.
 
     Raises:
         SettingsError: If there is no test of this symmetry.
     """
-    before, after = settings(name, seed)
+    before, after = settings(name, seed, labels=labels)
     return before.objective, after.objective
 
 
 def check_symmetry(name: str) -> None:
     """Assert that a symmetry leaves the loss unchanged and moves the parameters.
 
-    It must do so at the trained and at the initial parameters.
+    It must do so at the trained parameters and at half of them.
 
     Raises:
         AssertionError: If it does not.
     """
     for seed in SEEDS:
-        before, after = settings(name, seed)
-        theta = before.objective.theta, after.objective.theta
-        for first, second in (theta, (before.initial, after.initial)):
-            a = float(before.objective.at(first).value())
-            b = float(after.objective.at(second).value())
+        before, after = symmetric_pair(name, seed)
+        for share in (1.0, 0.5):
+            first, second = share * before.theta, share * after.theta
+            a, b = float(before.at(first).value()), float(after.at(second).value())
             assert abs(a - b) <= 1e-12 * max(abs(a), 1), f"{name}: the loss moved from {a} to {b}"
             assert not torch.allclose(first, second), f"{name}: nothing moved"
