@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 import time
 import warnings
@@ -36,6 +37,7 @@ from sharpkit.cli_audit import report
 from sharpkit.errors import SettingsError, SharpkitError, SharpkitWarning
 from sharpkit.results import Estimate, Score, format_value
 from sharpkit.scoring import parse_request
+from sharpkit.study.catalogue import catalogue_markdown
 from sharpkit.study.checkpoints import find_checkpoints
 from sharpkit.study.doctor import examine
 from sharpkit.study.recipe import load_recipe
@@ -299,8 +301,16 @@ def _row(item: Score) -> list[Text]:
 def list_measures(
     name: Annotated[str | None, typer.Argument(help="Show one measure in full.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the whole catalogue as Markdown.")
+    ] = False,
 ) -> None:
     """List the measures: definition, invariances, cost."""
+    if markdown:
+        if name or as_json:
+            raise SettingsError("Expected --markdown alone: it prints the whole catalogue.")
+        sys.stdout.write(catalogue_markdown())
+        return
     chosen = [measures.get(name)] if name else [measures.get(n) for n in measures.names()]
     out = _stdout()
     if as_json:
@@ -330,6 +340,7 @@ def _describe(m: measures.Measure) -> dict[str, Any]:
         "degree": m.degree,
         "nonnegative": m.nonnegative,
         "settings": dict(m.settings),
+        "needs": sorted(m.needs),
     }
 
 
@@ -352,7 +363,8 @@ def _reflow(docstring: str) -> list[str]:
             result.append("\n".join(i for i in items if not i.startswith("  analysis:")))
         else:
             result.append(" ".join(line.strip() for line in lines))
-    return [text.replace("``", "") for text in result if text]
+    plain = (re.sub(r":math:`([^`]*)`", r"\1", text) for text in result if text)
+    return [text.replace("``", "") for text in plain]
 
 
 def _print_measure(out: Console, m: measures.Measure) -> None:
@@ -362,15 +374,26 @@ def _print_measure(out: Console, m: measures.Measure) -> None:
         out.print(Text(paragraph))
         out.print()
     defaults = ", ".join(f"{k}={v}" for k, v in m.settings.items()) or "none"
-    out.print(Text(f"settings      {defaults}"))
+    out.print(_entry("settings", defaults))
     unchanged = ", ".join(s for s in measures.SYMMETRIES if s in m.invariant_to) or "nothing"
     changed = ", ".join(s for s in measures.SYMMETRIES if s not in m.invariant_to) or "nothing"
-    out.print(Text(f"invariant to  {unchanged}"))
-    out.print(Text(f"changed by    {changed}"))
+    out.print(_entry("invariant to", unchanged))
+    out.print(_entry("changed by", changed))
     degree = "is not homogeneous" if m.degree is None else f"scales as c^{m.degree:g}"
-    out.print(Text(f"under L -> cL {degree}"))
-    out.print(Text(f"cost          {m.cost}"))
-    out.print(Text(f"reference     {m.reference}"))
+    out.print(_entry("L -> cL", degree))
+    if m.needs:
+        out.print(_entry("needs", "; ".join(measures.registry.NEEDS[n] for n in sorted(m.needs))))
+    out.print(_entry("cost", m.cost))
+    out.print(_entry("reference", m.reference))
+
+
+def _entry(name: str, text: str) -> Table:
+    # A name and its text, whose further lines stay below the first.
+    entry = Table(box=None, pad_edge=False, show_header=False)
+    entry.add_column(width=12)
+    entry.add_column(overflow="fold")
+    entry.add_row(Text(name), Text(text))
+    return entry
 
 
 # -- audit -------------------------------------------------------------------------------

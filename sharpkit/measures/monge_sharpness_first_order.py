@@ -30,7 +30,8 @@ def monge_sharpness_first_order(
 
     Bounded by rho/alpha, so it saturates: it cannot rank checkpoints of large gradient
     norm, and at a critical point it is 0. The paper gives the maximiser; the value is the
-    inner product with the gradient.
+    inner product with the gradient. As published it is invariant to isometries only, not to
+    reparametrizations: rescaling layers changes it, and so does the scale of the loss.
 
     Args:
         analysis: What is measured.
