@@ -12,6 +12,7 @@
 from importlib.metadata import version
 
 from sharpkit.analysis import Analysis
+from sharpkit.auditing import AuditResult, audit
 from sharpkit.errors import SharpkitError, SharpkitWarning
 from sharpkit.logits import LogitNormalized
 from sharpkit.objective import Objective
@@ -23,6 +24,7 @@ from sharpkit.scoring import score
 
 __all__ = [
     "Analysis",
+    "AuditResult",
     "Cost",
     "Curve",
     "Estimate",
@@ -37,6 +39,7 @@ __all__ = [
     "Spectrum",
     "SpectrumSummary",
     "SymmetricOperator",
+    "audit",
     "compare",
     "empirical_fisher",
     "ggn",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 import time
 import warnings
@@ -31,9 +32,12 @@ from rich.table import Table
 from rich.text import Text
 
 from sharpkit import __version__, measures
+from sharpkit.auditing import audit as audit_objective
+from sharpkit.cli_audit import report
 from sharpkit.errors import SettingsError, SharpkitError, SharpkitWarning
 from sharpkit.results import Estimate, Score, format_value
 from sharpkit.scoring import parse_request
+from sharpkit.study.catalogue import catalogue_markdown
 from sharpkit.study.checkpoints import find_checkpoints
 from sharpkit.study.doctor import examine
 from sharpkit.study.recipe import load_recipe
@@ -297,8 +301,16 @@ def _row(item: Score) -> list[Text]:
 def list_measures(
     name: Annotated[str | None, typer.Argument(help="Show one measure in full.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the whole catalogue as Markdown.")
+    ] = False,
 ) -> None:
     """List the measures: definition, invariances, cost."""
+    if markdown:
+        if name or as_json:
+            raise SettingsError("Expected --markdown alone: it prints the whole catalogue.")
+        sys.stdout.write(catalogue_markdown())
+        return
     chosen = [measures.get(name)] if name else [measures.get(n) for n in measures.names()]
     out = _stdout()
     if as_json:
@@ -328,6 +340,7 @@ def _describe(m: measures.Measure) -> dict[str, Any]:
         "degree": m.degree,
         "nonnegative": m.nonnegative,
         "settings": dict(m.settings),
+        "needs": sorted(m.needs),
     }
 
 
@@ -350,7 +363,8 @@ def _reflow(docstring: str) -> list[str]:
             result.append("\n".join(i for i in items if not i.startswith("  analysis:")))
         else:
             result.append(" ".join(line.strip() for line in lines))
-    return [text.replace("``", "") for text in result if text]
+    plain = (re.sub(r":math:`([^`]*)`", r"\1", text) for text in result if text)
+    return [text.replace("``", "") for text in plain]
 
 
 def _print_measure(out: Console, m: measures.Measure) -> None:
@@ -360,15 +374,98 @@ def _print_measure(out: Console, m: measures.Measure) -> None:
         out.print(Text(paragraph))
         out.print()
     defaults = ", ".join(f"{k}={v}" for k, v in m.settings.items()) or "none"
-    out.print(Text(f"settings      {defaults}"))
+    out.print(_entry("settings", defaults))
     unchanged = ", ".join(s for s in measures.SYMMETRIES if s in m.invariant_to) or "nothing"
     changed = ", ".join(s for s in measures.SYMMETRIES if s not in m.invariant_to) or "nothing"
-    out.print(Text(f"invariant to  {unchanged}"))
-    out.print(Text(f"changed by    {changed}"))
+    out.print(_entry("invariant to", unchanged))
+    out.print(_entry("changed by", changed))
     degree = "is not homogeneous" if m.degree is None else f"scales as c^{m.degree:g}"
-    out.print(Text(f"under L -> cL {degree}"))
-    out.print(Text(f"cost          {m.cost}"))
-    out.print(Text(f"reference     {m.reference}"))
+    out.print(_entry("L -> cL", degree))
+    if m.needs:
+        out.print(_entry("needs", "; ".join(measures.registry.NEEDS[n] for n in sorted(m.needs))))
+    out.print(_entry("cost", m.cost))
+    out.print(_entry("reference", m.reference))
+
+
+def _entry(name: str, text: str) -> Table:
+    # A name and its text, whose further lines stay below the first.
+    entry = Table(box=None, pad_edge=False, show_header=False)
+    entry.add_column(width=12)
+    entry.add_column(overflow="fold")
+    entry.add_row(Text(name), Text(text))
+    return entry
+
+
+# -- audit -------------------------------------------------------------------------------
+
+
+@app.command()
+def audit(
+    checkpoint: Annotated[Path, typer.Argument(help="One file of weights.")],
+    recipe: RecipeOption,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option("-m", "--measure", help="NAME or NAME:key=value,...; default all."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Draw the factors: .png, .pdf, .svg.")
+    ] = None,
+    elements: Annotated[int, typer.Option(help="Random elements of each symmetry.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of elements and measures.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Evaluate in float64, float32 or bfloat16.")
+    ] = "float64",
+    device: DeviceOption = None,
+    params: ParamsOption = None,
+    trust_pickle: TrustOption = False,
+) -> None:
+    """Apply exact symmetries of the network, and tell which measures move."""
+    for request in measure or ():
+        parse_request(request)  # refuse before anything is computed
+    if output is not None:
+        _check_figure(output)
+    loaded = load_recipe(recipe)
+    objective, _ = loaded.objective(
+        checkpoint,
+        dtype=_dtype(dtype),
+        device=_device(device),
+        params=params or None,
+        trust_pickle=trust_pickle,
+    )
+    with _progress() as bar:
+        task = bar.add_task("", total=None)
+
+        def progress(text: str, done: int, total: int) -> None:
+            bar.update(task, description=text, completed=done, total=total)
+
+        result = audit_objective(
+            objective,
+            measure or None,
+            elements=elements,
+            seed=seed,
+            initial=loaded.beside(checkpoint).get("initial"),
+            progress=progress,
+        )
+    if as_json:
+        sys.stdout.write(result.to_json() + "\n")
+    else:
+        out = _stdout()
+        for item in report(result):
+            out.print(item)
+    if output is not None and result.symmetries:
+        from sharpkit.plots import plot_audit, save_figure
+
+        save_figure(plot_audit(result, title=checkpoint.name), output)
+    failed = any(c.verdict == "failed" for c in result.changes)
+    _leave(SOME_FAILED if failed or result.contradicted else OK)
+
+
+def _check_figure(path: Path) -> None:
+    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise SettingsError(f"Expected a figure's name to end in .png, .pdf or .svg. Got {path}.")
+    if not path.parent.is_dir():
+        raise SettingsError(f"Expected the folder {path.parent} to exist. Make it first.")
 
 
 # -- doctor ------------------------------------------------------------------------------

@@ -13,7 +13,14 @@ from torch import nn
 import sharpkit as sk
 from sharpkit import measures
 from sharpkit.errors import SettingsError, UnknownMeasureError
-from sharpkit.testing import check_measure, check_symmetry, initial_of, symmetric_pair
+from sharpkit.testing import (
+    check_measure,
+    check_symmetry,
+    check_together,
+    find_claims,
+    initial_of,
+    symmetric_pair,
+)
 
 
 def dense_hessian(objective):
@@ -201,6 +208,10 @@ def test_keeps_its_claims(name):
     check_measure(name, exact=None if name in QUICK | SEARCHED else EXACT[name])
 
 
+def test_no_number_depends_on_what_else_is_measured():
+    check_together()
+
+
 @pytest.mark.parametrize("name", sorted(UNWHITEN))
 def test_worst_case_is_what_a_search_finds(name):
     for symmetry in ("node_scale", "orthogonal"):
@@ -254,6 +265,7 @@ def test_a_false_claim_is_caught():
             check_measure("false_claim")
         with pytest.raises(AssertionError, match="does not claim orthogonal"):
             check_measure("modest")
+        assert find_claims("modest") == measures.get("gradient_norm").invariant_to
         with pytest.raises(AssertionError, match="for 0"):
             check_measure("gradient_norm", exact=lambda objective: 0.0)
     finally:

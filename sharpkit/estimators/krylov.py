@@ -251,6 +251,9 @@ class Krylov:
         self._T, self._R = self._T[: at.size, : at.size], at.coupling
         self._scale, self._noise, self._products = at.scale, at.noise, at.products
         self._last = None
+        if not self.restarts:  # so that the steps to come are the same to the last bit
+            before = self.steps[steps - 2].size if steps > 1 else 0
+            self._last = self._block_at(before, at.size - before)
         # After a restart the first entry is that of the vectors kept, so count from the end.
         self._couplings = self._couplings[: len(self._couplings) - len(self.steps) + steps]
         del self.steps[steps:]
@@ -304,11 +307,11 @@ class Krylov:
         return self._block_after(at), at.coupling
 
     def _block_after(self, at: _Step) -> Tensor:
-        width = len(at.coupling)
-        unit = torch.zeros(
-            at.size + width, width, dtype=self.matrix.dtype, device=self.matrix.device
-        )
-        unit[at.size :].fill_diagonal_(1)
+        return self._block_at(at.size, len(at.coupling))
+
+    def _block_at(self, start: int, width: int) -> Tensor:
+        unit = torch.zeros(start + width, width, dtype=self.matrix.dtype, device=self.matrix.device)
+        unit[start:].fill_diagonal_(1)
         return self.basis.combine(unit)
 
     def vectors(self, coefficients: np.ndarray) -> Tensor:

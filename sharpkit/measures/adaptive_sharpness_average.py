@@ -18,7 +18,15 @@ COARSER = 0.1  # of those radii: norms of filters and layers are that much large
     symbol="E_d L(theta+d) - L(theta), d ~ N(0, rho^2 w^2)",
     reference="Andriushchenko et al. 2023, arXiv:2302.07011",
     cost="2 num_pairs forwards (200), 21 more for the data error, 2 gradients",
-    invariant_to={"permutation", "layer_scale", "node_scale", "pair_scale"},
+    invariant_to={
+        "permutation",
+        "layer_scale",
+        "node_scale",
+        "pair_scale",
+        "batch_norm_scale",
+        "logit_scale",
+        "key_bias_shift",
+    },
     degree=1,
     nonnegative=False,
 )

@@ -20,7 +20,15 @@ COARSER = 0.1  # of those radii: norms of filters and layers are that much large
     symbol="max_{|d/w|<=rho} L(theta+d) - L(theta)",
     reference="Kwon et al. 2021, arXiv:2102.11600; Andriushchenko et al. 2023, arXiv:2302.07011",
     cost="(restarts + 1) steps + 1 gradients (21), 2 forwards",
-    invariant_to={"permutation", "layer_scale", "node_scale", "pair_scale"},
+    invariant_to={
+        "permutation",
+        "layer_scale",
+        "node_scale",
+        "pair_scale",
+        "batch_norm_scale",
+        "logit_scale",
+        "key_bias_shift",
+    },
     degree=1,
     nonnegative=True,
 )

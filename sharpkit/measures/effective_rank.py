@@ -12,7 +12,7 @@ from sharpkit.results import Estimate
     symbol="exp H_1(|lambda|)",
     reference="Roy and Vetterli 2007, doi:10.5281/zenodo.40328",
     cost="24 Lanczos steps and num_probes x num_steps HVPs (48), shared with the entropies",
-    invariant_to={"permutation", "orthogonal"},
+    invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=0,
     nonnegative=True,
 )

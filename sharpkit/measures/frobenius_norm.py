@@ -14,7 +14,7 @@ from sharpkit.results import Estimate
     symbol="||H||_F",
     reference="Hutchinson 1990, doi:10.1080/03610919008812866",
     cost="24 Lanczos steps and num_probes HVPs (16), shared with the trace",
-    invariant_to={"permutation", "orthogonal"},
+    invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=1,
     nonnegative=True,
 )

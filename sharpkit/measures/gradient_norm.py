@@ -12,7 +12,7 @@ LARGEST_SHARE = 0.5  # of the value: with more rounding than this it is mostly r
     symbol="|g|_2",
     reference="Zhao, Zhang, Hu 2022, arXiv:2202.03599",
     cost="2 gradients, the second for the error",
-    invariant_to={"permutation", "orthogonal"},
+    invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=1,
     nonnegative=True,
 )

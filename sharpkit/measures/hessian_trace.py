@@ -17,7 +17,7 @@ from sharpkit.spectral import HEAD_STEPS
     symbol="tr H",
     reference="Yao et al. 2020, arXiv:1912.07145",
     cost="24 Lanczos steps (shared) and num_probes HVPs (16)",
-    invariant_to={"permutation", "orthogonal"},
+    invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=1,
     nonnegative=False,
 )

@@ -19,7 +19,7 @@ from sharpkit.results import Estimate
     symbol="log det(|H| + tau I)",
     reference="MacKay 1992, doi:10.1162/neco.1992.4.3.448",
     cost="24 Lanczos steps and num_probes x num_steps HVPs (48), shared with the entropies",
-    invariant_to={"permutation", "orthogonal"},
+    invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=None,
     nonnegative=False,
 )

@@ -12,7 +12,7 @@ from sharpkit.results import Estimate
     symbol="max_{d'Gd<=rho^2} L(theta+d) - L(theta), G = I + a^2 gg'",
     reference="Jacobsen and Arvanitidis 2025, arXiv:2502.08448",
     cost="(restarts + 1) steps + 1 gradients (21), 2 forwards",
-    invariant_to={"permutation", "orthogonal"},
+    invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=None,
     nonnegative=True,
 )

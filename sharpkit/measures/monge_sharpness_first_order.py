@@ -16,7 +16,7 @@ from sharpkit.results import Estimate
     symbol="rho |g| / sqrt(1 + a^2 |g|^2)",
     reference="Jacobsen and Arvanitidis 2025, arXiv:2502.08448",
     cost="2 gradients, the second for the error",
-    invariant_to={"permutation", "orthogonal"},
+    invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=None,
     nonnegative=True,
 )
@@ -30,7 +30,8 @@ def monge_sharpness_first_order(
 
     Bounded by rho/alpha, so it saturates: it cannot rank checkpoints of large gradient
     norm, and at a critical point it is 0. The paper gives the maximiser; the value is the
-    inner product with the gradient.
+    inner product with the gradient. As published it is invariant to isometries only, not to
+    reparametrizations: rescaling layers changes it, and so does the scale of the loss.
 
     Args:
         analysis: What is measured.

@@ -14,7 +14,7 @@ from sharpkit.results import Estimate
     symbol="sum |lambda_-| / sum |lambda|",
     reference="Ghorbani et al. 2019, arXiv:1901.10159",
     cost="24 Lanczos steps and num_probes x num_steps HVPs (48), shared with the entropies",
-    invariant_to={"permutation", "orthogonal"},
+    invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=0,
     nonnegative=True,
 )

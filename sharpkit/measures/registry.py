@@ -23,6 +23,10 @@ SYMMETRIES: Mapping[str, str] = {
     "layer_scale": "one layer is multiplied by c and the next divided by it (ReLU)",
     "node_scale": "the inputs of each hidden unit are multiplied by c_j, its outputs divided",
     "pair_scale": "a product u * v of single weights becomes (c u) * (v / c)",
+    "batch_norm_scale": "weights before BatchNorm times c_j, its running statistics too",
+    "logit_scale": "the last layer is multiplied by c (of a network with normalised logits)",
+    "attention_gl": "W_q, W_k -> A W_q, A^-T W_k and W_v, W_o -> B W_v, W_o B^-1 in each head",
+    "key_bias_shift": "a constant is added to the bias of attention's keys",
 }
 """The symmetries that claims speak of; ``sharpkit.testing`` has a test of each."""
 

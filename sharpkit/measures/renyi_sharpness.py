@@ -24,7 +24,7 @@ FAMILY = (0.5, 1.0, 1.5, 2.0, math.inf)
     symbol="-H_alpha(|lambda| / sum |lambda|)",
     reference="Zhang et al. 2025, arXiv:2510.07758",
     cost="24 Lanczos steps and num_probes x num_steps HVPs (48), shared",
-    invariant_to={"permutation", "orthogonal"},
+    invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=0,
     nonnegative=False,
 )

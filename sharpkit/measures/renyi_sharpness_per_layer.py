@@ -18,7 +18,7 @@ from sharpkit.results import Estimate, Part
     symbol="mean over layers of -H_alpha(H_ll)",
     reference="Zhang et al. 2025, arXiv:2510.07758",
     cost="24 Lanczos steps and 48 HVPs of each layer's block",
-    invariant_to={"permutation", "layer_scale"},
+    invariant_to={"permutation", "layer_scale", "logit_scale", "key_bias_shift"},
     degree=0,
     nonnegative=False,
 )

@@ -13,7 +13,7 @@ from sharpkit.results import Estimate
     symbol="max_{|d|<=rho} L(theta+d) - L(theta)",
     reference="Foret et al. 2021, arXiv:2010.01412",
     cost="(restarts + 1) steps + 1 gradients (21), 2 forwards",
-    invariant_to={"permutation", "orthogonal"},
+    invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=1,
     nonnegative=True,
 )

@@ -13,7 +13,7 @@ from sharpkit.results import Estimate
     symbol="L(theta + rho g/|g|) - L(theta)",
     reference="Foret et al. 2021, arXiv:2010.01412",
     cost="3 gradients and 2 forwards, all but two gradients for the error",
-    invariant_to={"permutation", "orthogonal"},
+    invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=1,
     nonnegative=False,
 )

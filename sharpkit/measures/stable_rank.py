@@ -14,7 +14,7 @@ from sharpkit.results import Estimate
     symbol="||H||_F^2 / ||H||_2^2",
     reference="Rudelson and Vershynin 2007, doi:10.1145/1255443.1255449",
     cost="24 Lanczos steps and num_probes HVPs (16), shared with the trace",
-    invariant_to={"permutation", "orthogonal"},
+    invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=0,
     nonnegative=True,
 )

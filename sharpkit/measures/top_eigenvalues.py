@@ -12,7 +12,7 @@ from sharpkit.results import Cost, Estimate, Part
     symbol="lambda_max, lambda_min",
     reference="Lanczos 1950; Sagun et al. 2017, arXiv:1706.04454",
     cost="about 20-120 HVPs",
-    invariant_to={"permutation", "orthogonal"},
+    invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=1,
     nonnegative=False,
 )

@@ -325,6 +325,16 @@ class Evaluator:
         other.holders = weakref.WeakSet()
         return other
 
+    @property
+    def buffers(self) -> Named:
+        """The buffers that every evaluation sees, in the dtype to evaluate in."""
+        return self._buffers
+
+    def set_buffers(self, buffers: Named) -> None:
+        """Let every evaluation from now on see other buffers."""
+        self._pristine = dict(buffers)
+        self._snapshot_buffers()
+
     def cast(self, tensor: Tensor) -> Tensor:
         """Return a tensor in the dtype to evaluate in."""
         return tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor

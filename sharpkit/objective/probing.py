@@ -82,7 +82,12 @@ def gradient_graph(
 
 
 def first_piece(
-    evaluator: Evaluator, theta: Named, function: Callable[[Any], T], *, most: int | None = None
+    evaluator: Evaluator,
+    theta: Named,
+    function: Callable[[Any], T],
+    *,
+    most: int | None = None,
+    grad: bool = True,
 ) -> T | None:
     """Return a function of the first few examples that have loss terms.
 
@@ -91,6 +96,7 @@ def first_piece(
         theta: The parameters.
         function: Called once.
         most: At most so many examples; default an eighth of the batch.
+        grad: Whether autograd records.
     """
     found: list[T] = []
 
@@ -110,7 +116,7 @@ def first_piece(
             found.append(result)
         return bool(found)
 
-    evaluator.each(one, take, grad=True, theta=theta)
+    evaluator.each(one, take, grad=grad, theta=theta)
     return found[0] if found else None
 
 

@@ -1,5 +1,6 @@
 """Figures from results. Functions take and return Axes, and never open a window."""
 
+from sharpkit.plots.audit import plot_audit
 from sharpkit.plots.curve import plot_slice
 from sharpkit.plots.figure import new_axes, save_figure, tidy
 from sharpkit.plots.scatter import plot_against_gap
@@ -9,6 +10,7 @@ __all__ = [
     "density_on",
     "new_axes",
     "plot_against_gap",
+    "plot_audit",
     "plot_cumulative",
     "plot_slice",
     "plot_spectrum",
