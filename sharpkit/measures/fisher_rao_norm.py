@@ -22,7 +22,7 @@ MODEL_FUNCTIONS = (F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logi
     "fisher_rao_norm",
     symbol="theta' F theta",
     reference="Liang et al. 2019, arXiv:1711.01530",
-    cost="1 curvature product; N gradients where outputs are not by example",
+    cost="1 curvature product and 1 gradient; one by one where outputs are not by example",
     invariant_to={"permutation", "orthogonal", "layer_scale", "node_scale", "pair_scale"},
     degree=2,
     nonnegative=True,
