@@ -153,9 +153,10 @@ def score(
     trust_pickle: TrustOption = False,
 ) -> None:
     """Score checkpoints: every measure with its error, one table a checkpoint."""
-    requests = measure or measures.names()
-    for request in requests:
+    requests = measure or None  # None: all whose needs are met
+    for request in requests or ():
         parse_request(request)  # refuse before anything is computed
+    count = len(requests or measures.names())
     loaded = load_recipe(recipe)
     files = find_checkpoints(checkpoints)
     out, finished = _stdout(), []
@@ -168,7 +169,7 @@ def score(
     status = OK
     try:
         with _progress() as bar:
-            task = bar.add_task("", total=len(files) * len(requests))
+            task = bar.add_task("", total=len(files) * count)
             started = -1
 
             def progress(path: Path, name: str) -> None:
@@ -179,7 +180,7 @@ def score(
             def next_file(result: CheckpointScores) -> None:
                 nonlocal started
                 on_result(result)
-                started = len(finished) * len(requests) - 1
+                started = len(finished) * count - 1
                 bar.update(task, completed=started + 1)
 
             score_checkpoints(

@@ -19,7 +19,7 @@ from sharpkit.demo import recipe as demo_recipe
 from sharpkit.demo.zoo import digits, specs, train
 from sharpkit.errors import SharpkitError
 from sharpkit.landscape import filter_normalized, quadratic_model, slice_1d
-from sharpkit.measures import names
+from sharpkit.measures import get, names
 from sharpkit.objective import Objective
 from sharpkit.overview import spectrum as measure_spectrum
 from sharpkit.results import format_value
@@ -40,11 +40,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adam_sharpness": {"num_probes": 24},
     "adaptive_sharpness_average": {"num_pairs": 60},
 }
-LEFT_OUT = {"renyi_sharpness_per_layer"}  # as dear as all others together
+MET = {"labels", "examples", "layers", "paths"}  # what the demo's networks have
+DEAR = ("renyi_sharpness_per_layer", "pac_bayes_", "sharpness_")  # each as dear as many others
 
 
 def _measures() -> list[str]:
-    return [name for name in names() if name not in LEFT_OUT]
+    return [n for n in names() if get(n).needs <= MET and not n.startswith(DEAR)]
 
 
 SLICE_POINTS = 41

@@ -57,15 +57,15 @@ def noise_scale(
         >>> x = np.array([[1.0], [3.0], [1.0], [3.0]])
         >>> one = np.ones(4)
         >>> scale = noise_scale(x @ x.T, one, one, (x**2).sum(axis=1))
-        >>> round(scale.trace, 6), round(scale.square, 6)  # 4/3 and 4 - 1/3
-        (1.333333, 3.666667)
+        >>> round(scale.trace, 3), round(scale.square, 3)  # 4/3 and 4 - 1/3
+        (1.333, 3.667)
     """
 
     def both(keep: np.ndarray) -> tuple[float, float]:
         n, k = counts @ keep, groups @ keep
         length = float(keep @ gram @ keep) / n**2
         trace = (float(squares @ keep) - n * length) / (k - 1)
-        return trace, length - trace / n
+        return float(trace), float(length - trace / n)
 
     blocks = len(counts)
     whole = np.ones(blocks)

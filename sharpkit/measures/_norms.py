@@ -26,9 +26,11 @@ def norm_of(analysis: Analysis, vector: Tensor, which: Which, squared: bool) -> 
                 "Expected parameters of two axes or more for which='weights'. There are none."
                 " Use which='all'."
             )
-        kept = {n: torch.full(s, float(n in chosen)) for n, s in zip(space.names, space.shapes,
-                                                                     strict=True)}  # fmt: skip
-        vector = vector * space.flatten(kept).to(vector)
+        kept = [
+            torch.full((size,), n in chosen, device=vector.device)
+            for n, size in zip(space.names, space.sizes, strict=True)
+        ]
+        vector = vector * torch.cat(kept)
 
     def size(x: Tensor) -> float:
         square = float(x.square().sum())

@@ -22,7 +22,7 @@ MODEL_FUNCTIONS = (F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logi
     "fisher_rao_norm",
     symbol="theta' F theta",
     reference="Liang et al. 2019, arXiv:1711.01530",
-    cost="1 curvature product; N gradients where outputs are not by example",
+    cost="1 curvature product and 1 gradient; one by one where outputs are not by example",
     invariant_to={"permutation", "orthogonal", "layer_scale", "node_scale", "pair_scale"},
     degree=2,
     nonnegative=True,
@@ -68,8 +68,8 @@ def fisher_rao_norm(
 
 def _by_groups(squares: Tensor) -> tuple[float, tuple[float, ...]] | None:
     count = min(len(squares), MOST_DRAWS)
-    place = torch.arange(len(squares)) % count
-    parts = torch.zeros(count, dtype=torch.float64).index_add_(0, place, squares)
+    place = torch.arange(len(squares), device="cpu") % count
+    parts = torch.zeros(count, dtype=torch.float64, device="cpu").index_add_(0, place, squares)
     weights = torch.bincount(place, minlength=count).double() / len(squares)
     return group_error(parts / len(squares), weights)
 
@@ -92,7 +92,7 @@ def _true(analysis: Analysis) -> Estimate:
         )
         assert forms is not None
         value = float(forms.forms.sum())
-        data = forms.error(torch.ones(1, 1))
+        data = forms.error(torch.ones(1, 1, device="cpu"))
     else:
         value = float(theta.double() @ objective.ggnvp(theta).double())
     return Estimate(

@@ -70,7 +70,7 @@ def score_checkpoints(
     Args:
         checkpoints: Files.
         recipe: How to build their objectives.
-        requests: Measures; ``None`` for all.
+        requests: Measures; ``None`` for all whose needs are met.
         seed: Seed of every checkpoint, so that they share their random probes.
         dtype: Evaluate in this dtype.
         device: Where to evaluate.
