@@ -240,7 +240,7 @@ def _print_result(out: Console, result: CheckpointScores, parts: bool) -> None:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("measure", overflow="fold")
+    table.add_column("measure", no_wrap=True)
     table.add_column("value", overflow="fold")
     table.add_column("error")
     table.add_column("data ±", justify="right")

@@ -531,28 +531,34 @@ def linear(seed, count):
     y = x @ torch.tensor([1.0, -1.0, 0.5]).double() + torch.randn(count, generator=g).double()
     model = nn.Linear(3, 1, bias=False).double()
     with torch.no_grad():
-        model.weight.copy_(torch.tensor([[1.5, -1.0, 0.0]]))
-    return sk.Objective(model, nn.MSELoss(), [(x, y[:, None])], check=count < 1000)
+        model.weight.copy_(torch.tensor([[1.5, -0.5, -0.2]]))
+    return sk.Objective(model, nn.MSELoss(), [(x, y[:, None])])
 
 
 def calibration(name, runs, count, **settings):
-    truth = measured(linear(10**6, 200_000), name, num_groups=0, **settings)
+    w = linear(0, 16).theta
+    closed = {"gaussian_smoothed_sharpness": 0.3**2 * 3,
+              "adaptive_sharpness_average": 0.3**2 * w.square().sum().item()}  # fmt: skip
+    truth = closed.get(name)  # of the population, where E x x^T is the identity
+    if truth is None:
+        truth = measured(linear(10**6, 200_000), name, num_groups=0, **settings).value
     z = []
     for seed in range(runs):
         e = measured(linear(seed, count), name, seed=seed, num_groups=16, **settings)
         noise = e.probe_error if e.error_kind == "stderr" else 0.0
-        z.append((e.value - truth.value) / math.hypot(e.data_error, noise))
+        z.append((e.value - truth) / math.hypot(e.data_error, noise))
     return torch.tensor(z)
 
 
 # The direction of the largest rise hardly moves with the data here, so that the error at the
-# fixed perturbation is that of the number.
+# fixed perturbation is that of the number. (Where a slope is zero for the population, each
+# sample finds a rise of its own in it, and the worst case of samples is larger on average.)
 CALIBRATED = [
     ("sam_sharpness_one_step", {"rho": 0.3}),
     ("sam_sharpness", {"rho": 0.3, "steps": 6}),
     ("keskar_sharpness", {"epsilon": 0.1, "steps": 6}),
-    ("gaussian_smoothed_sharpness", {"sigma": 0.3, "num_pairs": 30}),
-    ("adaptive_sharpness_average", {"rho": 0.3, "num_pairs": 30}),
+    ("gaussian_smoothed_sharpness", {"sigma": 0.3, "num_pairs": 100}),
+    ("adaptive_sharpness_average", {"rho": 0.3, "num_pairs": 100}),
 ]
 
 
@@ -566,7 +572,7 @@ def test_the_data_error_is_about_right(name, settings):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), CALIBRATED)
 def test_the_data_error_is_right_over_many_samples(name, settings):
-    z = calibration(name, 400, 400, **settings)
+    z = calibration(name, 400 if "steps" in settings else 150, 400, **settings)
     assert abs(z.mean()) < 0.25
     assert 0.85 < z.std() < 1.2
 

@@ -34,7 +34,9 @@ def sam_sharpness(
     first-order room left at the best point. The default ball (l2, 0.05) is the paper's.
     Not invariant to rescaling the layers of a ReLU network. For l1 a convex loss is largest
     where a single parameter moves; the ascent finds a good one, seldom the best. The data
-    error is that of the rise at the perturbation found; with shards, of their mean.
+    error is that of the rise at the perturbation found, not of the choice of it: where a
+    sample has a slope that the population has not, its worst case is larger on average.
+    With shards it is the error of their mean.
 
     Args:
         analysis: What is measured.
