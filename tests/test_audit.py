@@ -67,6 +67,13 @@ def test_a_move_within_the_errors_is_not_resolved():
     assert verdict(estimate(1.0, 0.0), estimate(1.0 + 3e-6, 0.0)).verdict == "moved"
 
 
+def test_the_room_is_that_of_99_99_percent():
+    change = verdict(estimate(1.0, 0.01), estimate(1.05, 0.01))
+    assert change.verdict == "unchanged"  # within 5.2%, which would have shown a tenth
+    assert change.room * 1.05 == pytest.approx(3.8906 * 0.01 * 2**0.5, rel=1e-4)
+    assert verdict(estimate(1.0, 0.01), estimate(1.06, 0.01)).verdict == "moved"
+
+
 def test_few_draws_need_a_larger_move():
     many, few = ((estimate(1.0, 0.01, dof=d), estimate(1.1, 0.01, dof=d)) for d in (100, 3))
     assert verdict(*many).verdict == "moved"
