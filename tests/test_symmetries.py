@@ -198,6 +198,17 @@ def test_only_what_is_homogeneous_is_scaled():
     assert set(gain.tensors) == {"between.weight", "between.bias", "b.weight"}
 
 
+def test_layers_of_one_unit_are_found_too():
+    model = seeded(lambda: nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
+    objective = sk.Objective(model, nn.MSELoss(), (normal(5, 2), normal(5, 1)))
+    assert {n: s.units for n, s in found(objective).items()} == {
+        "layer_scale": 1, "node_scale": 3, "permutation": 3,
+    }  # fmt: skip
+    model = seeded(lambda: nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)))
+    objective = sk.Objective(model, nn.MSELoss(), (normal(5, 1), normal(5, 1)))
+    assert {n: s.units for n, s in found(objective).items()} == {"layer_scale": 1, "node_scale": 1}
+
+
 def test_tied_parameters_move_in_the_same_way_for_all_uses():
     objective = sk.Objective(seeded(TiedModel), CE, (classes(7, 6, 5, seed=3), classes(7, 6, 5)))
     symmetries = found(objective)
