@@ -8,15 +8,9 @@ import torch
 from torch import nn
 
 import sharpkit as sk
-from sharpkit import measures
+from sharpkit import measures, testing
 from sharpkit.errors import SettingsError, UnknownMeasureError
-from sharpkit.testing import (
-    check_measure,
-    check_symmetry,
-    check_together,
-    find_claims,
-    symmetric_pair,
-)
+from sharpkit.testing import check_measure, check_symmetry, symmetric_pair
 
 
 def dense_hessian(objective):
@@ -171,7 +165,7 @@ def test_keeps_its_claims(name):
 
 
 def test_no_number_depends_on_what_else_is_measured():
-    check_together()
+    testing.check_together()
 
 
 @pytest.mark.parametrize("name", sorted(QUICK - {"adaptive_sharpness_average"}))
@@ -227,7 +221,7 @@ def test_a_false_claim_is_caught():
             check_measure("false_claim")
         with pytest.raises(AssertionError, match="does not claim orthogonal"):
             check_measure("modest")
-        assert find_claims("modest") == measures.get("gradient_norm").invariant_to
+        assert testing.find_claims("modest") == measures.get("gradient_norm").invariant_to
         with pytest.raises(AssertionError, match="for 0"):
             check_measure("gradient_norm", exact=lambda objective: 0.0)
     finally:
