@@ -11,16 +11,9 @@ from oracles_curv import EXACT as CURVATURE
 from torch import nn
 
 import sharpkit as sk
-from sharpkit import measures
+from sharpkit import measures, testing
 from sharpkit.errors import SettingsError, UnknownMeasureError
-from sharpkit.testing import (
-    check_measure,
-    check_symmetry,
-    check_together,
-    find_claims,
-    initial_of,
-    symmetric_pair,
-)
+from sharpkit.testing import check_measure, check_symmetry, initial_of, symmetric_pair
 
 
 def dense_hessian(objective):
@@ -209,7 +202,7 @@ def test_keeps_its_claims(name):
 
 
 def test_no_number_depends_on_what_else_is_measured():
-    check_together()
+    testing.check_together()
 
 
 @pytest.mark.parametrize("name", sorted(UNWHITEN))
@@ -265,7 +258,7 @@ def test_a_false_claim_is_caught():
             check_measure("false_claim")
         with pytest.raises(AssertionError, match="does not claim orthogonal"):
             check_measure("modest")
-        assert find_claims("modest") == measures.get("gradient_norm").invariant_to
+        assert testing.find_claims("modest") == measures.get("gradient_norm").invariant_to
         with pytest.raises(AssertionError, match="for 0"):
             check_measure("gradient_norm", exact=lambda objective: 0.0)
     finally:

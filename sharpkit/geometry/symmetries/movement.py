@@ -105,6 +105,13 @@ def _view_of_parameter(units: Units, op: Operation, source: Tensor) -> bool:
             axes[j] = view.axes[i]
         units.set_view(output, ParameterView(view.name, tuple(axes)))
         return True
+    if op.name in ("t", "transpose", "permute", "unsqueeze"):
+        # Axes of different lengths tell where each went.
+        lengths = range(2, 2 + source.ndim)
+        went = op.function(torch.empty(tuple(lengths), device="cpu"), *op.args[1:], **op.kwargs)
+        found = [None if n == 1 else view.axes[n - 2] for n in went.shape]
+        units.set_view(output, ParameterView(view.name, tuple(found)))
+        return True
     # A small tensor whose entries tell the axis: the view of a tensor of one long axis.
     axes = [None] * output.ndim
     for i, axis in enumerate(view.axes):

@@ -26,7 +26,7 @@ SMOOTH = (
 MOVED = (
     "view reshape _unsafe_view _reshape_alias flatten unflatten permute transpose t unsqueeze"
     " squeeze expand slice select split split_with_sizes chunk unbind narrow repeat flip roll"
-    " unfold pixel_shuffle pixel_unshuffle cat stack index_select constant_pad_nd numpy_T"
+    " unfold pixel_shuffle pixel_unshuffle cat stack constant_pad_nd numpy_T"
 )
 
 
