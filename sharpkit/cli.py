@@ -36,7 +36,7 @@ from sharpkit.auditing import audit as audit_objective
 from sharpkit.cli_audit import report
 from sharpkit.errors import SettingsError, SharpkitError, SharpkitWarning
 from sharpkit.results import Estimate, Score, format_value
-from sharpkit.scoring import parse_request
+from sharpkit.scoring import ALL, parse_request
 from sharpkit.study.catalogue import catalogue_markdown
 from sharpkit.study.checkpoints import find_checkpoints
 from sharpkit.study.doctor import examine
@@ -153,10 +153,12 @@ def score(
     trust_pickle: TrustOption = False,
 ) -> None:
     """Score checkpoints: every measure with its error, one table a checkpoint."""
-    requests = measure or None  # None: all whose needs are met
+    requests = measure or None  # None: those whose needs are met, without the dear ones
     for request in requests or ():
-        parse_request(request)  # refuse before anything is computed
-    count = len(requests or measures.names())
+        if request != ALL:
+            parse_request(request)  # refuse before anything is computed
+    some = requests is not None and ALL not in requests
+    count = len(requests or ()) if some else len(measures.names())
     loaded = load_recipe(recipe)
     files = find_checkpoints(checkpoints)
     out, finished = _stdout(), []
@@ -186,7 +188,7 @@ def score(
             score_checkpoints(
                 files,
                 loaded,
-                measure or None,  # of all, those whose needs the recipe meets
+                requests,
                 seed=seed,
                 dtype=_dtype(dtype),
                 device=_device(device),
@@ -342,6 +344,7 @@ def _describe(m: measures.Measure) -> dict[str, Any]:
         "nonnegative": m.nonnegative,
         "settings": dict(m.settings),
         "needs": sorted(m.needs),
+        "dear": m.dear,
     }
 
 
@@ -384,7 +387,7 @@ def _print_measure(out: Console, m: measures.Measure) -> None:
     out.print(_entry("L -> cL", degree))
     if m.needs:
         out.print(_entry("needs", "; ".join(measures.registry.NEEDS[n] for n in sorted(m.needs))))
-    out.print(_entry("cost", m.cost))
+    out.print(_entry("cost", m.cost + ("; only by name, or with -m all" if m.dear else "")))
     out.print(_entry("reference", m.reference))
 
 

@@ -19,7 +19,9 @@ from sharpkit.errors import SettingsError, SharpkitError, SharpkitWarning
 from sharpkit.objective import Objective
 from sharpkit.results import Cost, Score, Scores
 
-__all__ = ["MeasureRequest", "measure_all", "parse_request", "score"]
+__all__ = ["ALL", "MeasureRequest", "measure_all", "parse_request", "score"]
+
+ALL = "all"
 
 MeasureRequest: TypeAlias = str | tuple[str, Mapping[str, Any]]
 """``"name"``, ``"name:key=value,key=value"``, or ``("name", {"key": value})``."""
@@ -85,7 +87,9 @@ def score(
 
     Args:
         objective: Model, loss and data.
-        names: Measures with settings; ``None`` asks for all whose needs are met.
+        names: Measures with settings. ``None`` asks for those whose needs are met, but for
+            the dear ones, which take hundreds of passes; ``"all"`` (alone or beside others,
+            which then have their own settings) for the dear ones too.
         seed: Seed of every random draw.
         max_basis: Most Krylov vectors to hold; None: what a quarter of the memory holds.
         num_groups: Groups of the data for the error from the data; 0: none.
@@ -116,7 +120,7 @@ def score(
             " sharpkit.score(sharpkit.Objective(model, loss, data), ...)."
         )
     if names is None:
-        requests: list[MeasureRequest] = list(measures.names())
+        requests: list[MeasureRequest] = []
     elif isinstance(names, str) or (
         isinstance(names, tuple) and len(names) == 2 and isinstance(names[1], Mapping)
     ):
@@ -131,7 +135,7 @@ def score(
             ) from None
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise SettingsError(f"Expected `seed` to be a whole number. Got {seed!r}.")
-    parsed = [parse_request(request) for request in requests]
+    parsed = [parse_request(request) for request in requests if request != ALL]
     analysis = Analysis(
         objective,
         seed=seed,
@@ -140,8 +144,15 @@ def score(
         initial=initial,
         optimizer=optimizer,
     )
-    if names is None:
-        parsed = [(m, settings) for m, settings in parsed if all(map(analysis.meets, m.needs))]
+    if names is None or ALL in requests:
+        asked = {m.name for m, _ in parsed}
+        parsed += [
+            (m, dict(m.settings))
+            for m in map(measures.get, measures.names())
+            if m.name not in asked
+            and (names is not None or not m.dear)
+            and all(map(analysis.meets, m.needs))
+        ]
     return measure_all(
         analysis, parsed, provenance=provenance, progress=progress, on_score=on_score
     )

@@ -1,5 +1,6 @@
 """The front door: what it refuses, what it survives, what it returns."""
 
+import dataclasses
 import json
 import math
 
@@ -188,6 +189,24 @@ def test_all_measures_are_all_whose_needs_are_met(objective, needy, monkeypatch)
     sgd = torch.optim.SGD(objective.model.parameters(), lr=0.5)
     both = sk.score(objective, initial=objective.theta, optimizer=sgd)
     assert [s.measure for s in both] == ["gradient_norm", needy]
+
+
+def test_dear_measures_are_asked_for_by_name_or_with_all(objective, monkeypatch):
+    names = ["gradient_norm", "parameter_norm", "pac_bayes_bound"]
+    kept = {n: measures.get(n) for n in names}
+    kept["gradient_norm"] = dataclasses.replace(kept["gradient_norm"], dear=True)
+    monkeypatch.setattr(measures.registry, "_REGISTRY", kept)
+
+    def asked(request):
+        return [(s.measure, s.settings) for s in sk.score(objective, request)]
+
+    norm = ("parameter_norm", dict(kept["parameter_norm"].settings))
+    assert asked(None) == [norm]
+    assert asked("gradient_norm") == [("gradient_norm", {})]
+    assert asked("all") == [("gradient_norm", {}), norm]  # the bound needs initial parameters
+    own = "parameter_norm:which=weights"
+    by_weights = ("parameter_norm", {**norm[1], "which": "weights"})
+    assert asked([own, "all"]) == [by_weights, ("gradient_norm", {})]
 
 
 @pytest.mark.parametrize(

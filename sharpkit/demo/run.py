@@ -40,12 +40,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adam_sharpness": {"num_probes": 24},
     "adaptive_sharpness_average": {"num_pairs": 60},
 }
-MET = {"labels", "examples", "layers", "paths"}  # what the demo's networks have
-DEAR = ("renyi_sharpness_per_layer", "pac_bayes_", "sharpness_")  # each as dear as many others
+MET = {"labels", "examples", "layers"}  # what the demo's networks have
 
 
 def _measures() -> list[str]:
-    return [n for n in names() if get(n).needs <= MET and not n.startswith(DEAR)]
+    return [n for n in names() if get(n).needs <= MET and not get(n).dear]
 
 
 SLICE_POINTS = 41

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -44,7 +45,7 @@ def rise_error(analysis: Analysis, deltas: Iterable[Tensor], value: float) -> Da
 
 def centred(error: tuple[float, tuple[float, ...]] | None, value: float) -> DataError:
     """Return the error and pseudo-values moved to have the mean that was measured."""
-    if error is None or not torch.tensor(error[1]).isfinite().all():
+    if error is None or not all(map(math.isfinite, error[1])):
         return UNKNOWN
     size, values = error
     shift = value - sum(values) / len(values)

@@ -17,7 +17,7 @@ from sharpkit.results import Estimate
     symbol="sum_B sqrt(|B| tr H_BB), layers",
     reference="Li, Wen, Lyu 2025, arXiv:2511.02773; Zhao et al. 2024, arXiv:2407.07972",
     cost="24 Lanczos steps and 32 HVPs (shared), P if exact; GGN: a gradient an output",
-    invariant_to={"permutation"},
+    invariant_to={"permutation", "key_bias_shift"},
     degree=0.5,
     nonnegative=True,
 )

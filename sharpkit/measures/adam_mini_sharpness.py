@@ -19,7 +19,7 @@ from sharpkit.results import Estimate
     symbol="sum_B sqrt(|B| tr H_BB), rows",
     reference="Li, Wen, Lyu 2025, arXiv:2511.02773; Zhang et al. 2024, arXiv:2406.16793",
     cost="24 Lanczos steps and 32 HVPs (shared), P if exact; GGN: a gradient an output",
-    invariant_to={"permutation"},
+    invariant_to={"permutation", "key_bias_shift"},
     degree=0.5,
     nonnegative=True,
 )

@@ -15,7 +15,7 @@ from sharpkit.results import Estimate
     symbol="sum_i H_ii^(1 - lambda)",
     reference="Li, Wen, Lyu 2025, arXiv:2511.02773",
     cost="num_probes HVPs (100), P if exact; GGN: a gradient an output",
-    invariant_to={"permutation"},
+    invariant_to={"permutation", "key_bias_shift"},
     degree=0.75,
     nonnegative=True,
 )

@@ -15,7 +15,15 @@ from sharpkit.results import Estimate
     symbol="lambda_max(diag|w| H diag|w|)",
     reference="Kwon et al. 2021, arXiv:2102.11600",
     cost="about 20-120 HVPs",
-    invariant_to={"permutation", "layer_scale", "node_scale", "pair_scale"},
+    invariant_to={
+        "permutation",
+        "layer_scale",
+        "node_scale",
+        "pair_scale",
+        "batch_norm_scale",
+        "logit_scale",
+        "key_bias_shift",
+    },
     degree=1,
     nonnegative=False,
 )

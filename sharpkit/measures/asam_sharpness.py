@@ -14,7 +14,7 @@ from sharpkit.results import Estimate
     symbol="max_{|d/T|<=rho} L(theta+d) - L(theta), T = |w| + eta",
     reference="Kwon et al. 2021, arXiv:2102.11600",
     cost="(restarts + 1) steps + 1 gradients (21), 2 forwards",
-    invariant_to={"permutation"},
+    invariant_to={"permutation", "key_bias_shift"},
     degree=1,
     nonnegative=True,
 )

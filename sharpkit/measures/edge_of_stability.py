@@ -19,7 +19,7 @@ from sharpkit.results import Estimate
     symbol="lambda_max / threshold",
     reference="Cohen et al. 2021, arXiv:2103.00065; Cohen et al. 2022, arXiv:2207.14484",
     cost="about 20-120 HVPs, those of the eigenvalue",
-    invariant_to={"permutation"},
+    invariant_to={"permutation", "key_bias_shift"},
     degree=1,
     nonnegative=False,
     needs={"optimizer"},

@@ -14,7 +14,7 @@ from sharpkit.results import Estimate
     symbol="max_{d'Fd<=rho^2} L(theta+d) - L(theta), F diagonal",
     reference="Kim et al. 2022, arXiv:2206.04920; as in Jacobsen and Arvanitidis 2025",
     cost="(restarts + 1) steps + 1 gradients (21), 2 forwards",
-    invariant_to={"permutation"},
+    invariant_to={"permutation", "key_bias_shift"},
     degree=None,
     nonnegative=True,
 )

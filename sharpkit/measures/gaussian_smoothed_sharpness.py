@@ -15,7 +15,7 @@ from sharpkit.results import Estimate, Part
     symbol="E_d L(theta+d) - L(theta), d ~ N(0, sigma^2 I)",
     reference="Bisla, Wang, Choromanska 2022, arXiv:2201.08025",
     cost="2 num_pairs forwards (200), 21 more for the data error, 2 gradients",
-    invariant_to={"permutation", "orthogonal"},
+    invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=1,
     nonnegative=False,
 )

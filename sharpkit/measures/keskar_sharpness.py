@@ -25,7 +25,7 @@ MEMORY_SHARE = 4  # of the free memory, a quarter
     symbol="100 (max_{z in C_eps} L(theta+Az) - L(theta)) / (1 + L(theta))",
     reference="Keskar et al. 2017, arXiv:1609.04836",
     cost="(restarts + 1) steps + 1 gradients (21), 2 forwards",
-    invariant_to={"permutation"},
+    invariant_to={"permutation", "key_bias_shift"},
     degree=None,
     nonnegative=True,
 )

@@ -14,7 +14,7 @@ from sharpkit.results import Estimate
     symbol="mean_S max_{|d|<=rho} L_S(theta+d) - L_S(theta), |S| = m",
     reference="Foret et al. 2021, arXiv:2010.01412, section 4.1",
     cost="(restarts + 1) steps + 2 gradients (22)",
-    invariant_to={"permutation", "orthogonal"},
+    invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=1,
     nonnegative=True,
 )

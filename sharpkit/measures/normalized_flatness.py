@@ -26,7 +26,15 @@ FOUND = 1e-6  # of the value: what may be left to gain
     symbol="min_ab sum_ij (a_i b_j h_ij + w_ij^2/(a_i b_j))/2",
     reference="Tsuzuku, Sato, Sugiyama 2020, arXiv:1901.04653",
     cost="num_probes HVPs (100), P if exact; GGN: a gradient an output",
-    invariant_to={"permutation", "layer_scale", "node_scale", "pair_scale"},
+    invariant_to={
+        "permutation",
+        "layer_scale",
+        "node_scale",
+        "pair_scale",
+        "batch_norm_scale",
+        "logit_scale",
+        "key_bias_shift",
+    },
     degree=0.5,
     nonnegative=True,
 )

@@ -12,10 +12,11 @@ from sharpkit.results import Estimate
     reference="Jiang et al. 2020, arXiv:1912.02178, eq. 53; Dziugaite et al. 2020,"
     " arXiv:2010.11924",
     cost="about 11 num_pairs + 30 forwards (380)",
-    invariant_to={"permutation", "orthogonal"},
+    invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=0,
     nonnegative=True,
     needs={"labels"},
+    dear=True,
 )
 def pac_bayes_flatness(
     analysis: Analysis,

@@ -18,6 +18,7 @@ from sharpkit.results import Estimate
     degree=0,
     nonnegative=False,
     needs={"initial", "labels"},
+    dear=True,
 )
 def pac_bayes_magnitude_bound(
     analysis: Analysis,

@@ -12,10 +12,19 @@ from sharpkit.results import Estimate
     reference="Jiang et al. 2020, arXiv:1912.02178, eq. 61; Dziugaite et al. 2020,"
     " arXiv:2010.11924",
     cost="about 11 num_pairs + 30 forwards (380)",
-    invariant_to={"permutation", "layer_scale", "node_scale", "pair_scale"},
+    invariant_to={
+        "permutation",
+        "layer_scale",
+        "node_scale",
+        "pair_scale",
+        "batch_norm_scale",
+        "logit_scale",
+        "key_bias_shift",
+    },
     degree=0,
     nonnegative=True,
     needs={"labels"},
+    dear=True,
 )
 def pac_bayes_magnitude_flatness(
     analysis: Analysis,

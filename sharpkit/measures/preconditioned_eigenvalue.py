@@ -19,7 +19,7 @@ from sharpkit.results import Estimate
     symbol="lambda_max(P^-1/2 H P^-1/2)",
     reference="Cohen et al. 2022, arXiv:2207.14484",
     cost="about 20-120 HVPs",
-    invariant_to={"permutation"},
+    invariant_to={"permutation", "key_bias_shift"},
     degree=1,
     nonnegative=False,
     needs={"optimizer"},

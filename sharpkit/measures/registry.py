@@ -69,6 +69,8 @@ class Measure:
         nonnegative: Whether it is at least 0 for every network.
         settings: Defaults of its settings.
         needs: What it needs beside the objective, keys of ``NEEDS``.
+        dear: Whether it takes hundreds of passes over the data, and so is measured only when
+            asked for by name, or among "all".
     """
 
     name: str
@@ -81,6 +83,7 @@ class Measure:
     nonnegative: bool
     settings: Mapping[str, Any]
     needs: frozenset[str] = frozenset()
+    dear: bool = False
 
     @property
     def definition(self) -> str:
@@ -128,6 +131,7 @@ def register(
     degree: float | None,
     nonnegative: bool,
     needs: Set[str] = frozenset(),
+    dear: bool = False,
 ) -> Callable[[F], F]:
     """Register a measure; see :class:`Measure` for the arguments.
 
@@ -162,6 +166,7 @@ def register(
             nonnegative=nonnegative,
             settings=settings,
             needs=frozenset(needs),
+            dear=dear,
         )
         return function
 

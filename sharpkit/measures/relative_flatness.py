@@ -23,7 +23,13 @@ BLOCK = 8
     symbol="sum_ss' <w_s, w_s'> tr H_ss'",
     reference="Petzka et al. 2021, arXiv:2001.00939",
     cost="24 Lanczos steps and num_probes HVPs (32) of each layer's block",
-    invariant_to={"permutation", "layer_scale"},
+    invariant_to={
+        "permutation",
+        "layer_scale",
+        "batch_norm_scale",
+        "logit_scale",
+        "key_bias_shift",
+    },
     degree=1,
     nonnegative=False,
 )

@@ -24,7 +24,13 @@ from sharpkit.results import Cost, Estimate, Part
     symbol="sum_s |w_s|^2 lambda_max(H_ss)",
     reference="Petzka et al. 2021, arXiv:2001.00939",
     cost="10-40 HVPs of the layer's block a neuron, for 64 neurons; joint: 20-120",
-    invariant_to={"permutation", "layer_scale"},
+    invariant_to={
+        "permutation",
+        "layer_scale",
+        "batch_norm_scale",
+        "logit_scale",
+        "key_bias_shift",
+    },
     degree=1,
     nonnegative=False,
 )

@@ -21,6 +21,7 @@ from sharpkit.results import Estimate, Part
     invariant_to={"permutation", "layer_scale", "logit_scale", "key_bias_shift"},
     degree=0,
     nonnegative=False,
+    dear=True,
 )
 def renyi_sharpness_per_layer(
     analysis: Analysis,

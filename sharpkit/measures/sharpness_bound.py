@@ -15,6 +15,7 @@ from sharpkit.results import Estimate
     degree=0,
     nonnegative=False,
     needs={"initial", "labels"},
+    dear=True,
 )
 def sharpness_bound(
     analysis: Analysis,

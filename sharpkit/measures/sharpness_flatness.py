@@ -11,10 +11,11 @@ from sharpkit.results import Estimate
     symbol="1/alpha^2",
     reference="Jiang et al. 2020, arXiv:1912.02178, eq. 54",
     cost="about 8 ascents of steps gradients and forwards (160 each)",
-    invariant_to={"permutation"},
+    invariant_to={"permutation", "key_bias_shift"},
     degree=0,
     nonnegative=True,
     needs={"labels"},
+    dear=True,
 )
 def sharpness_flatness(
     analysis: Analysis,

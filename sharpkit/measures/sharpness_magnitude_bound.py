@@ -22,6 +22,7 @@ from sharpkit.results import Estimate
     degree=0,
     nonnegative=False,
     needs={"initial", "labels"},
+    dear=True,
 )
 def sharpness_magnitude_bound(
     analysis: Analysis,

@@ -11,10 +11,19 @@ from sharpkit.results import Estimate
     symbol="1/alpha'^2",
     reference="Jiang et al. 2020, arXiv:1912.02178, eq. 62",
     cost="about 8 ascents of steps gradients and forwards (160 each)",
-    invariant_to={"permutation", "layer_scale", "node_scale", "pair_scale"},
+    invariant_to={
+        "permutation",
+        "layer_scale",
+        "node_scale",
+        "pair_scale",
+        "batch_norm_scale",
+        "logit_scale",
+        "key_bias_shift",
+    },
     degree=0,
     nonnegative=True,
     needs={"labels"},
+    dear=True,
 )
 def sharpness_magnitude_flatness(
     analysis: Analysis,

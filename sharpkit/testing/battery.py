@@ -6,7 +6,7 @@ import gc
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -39,6 +39,7 @@ def check_measure(
     *,
     objectives: Sequence[Objective] | None = None,
     exact: Callable[[Objective], float] | None = None,
+    moving: Mapping[str, Any] | None = None,
 ) -> None:
     """Assert that a registered measure keeps its claims, whatever it measures.
 
@@ -54,6 +55,8 @@ def check_measure(
         exact: Its exact value, by other means; it must agree within the stated error. What it
             needs beside the objective is ``initial_of(objective)`` and
             ``trained_with_adam(objective)``.
+        moving: Settings under which it is looked at under symmetries, where by default its
+            noise would hide what moves.
 
     Raises:
         AssertionError: Naming the claim that does not hold.
@@ -61,7 +64,7 @@ def check_measure(
     measure = measures.get(name)
     gc.freeze()  # measures may collect garbage often: let it look at new objects only
     try:
-        _check_all(measure, objectives, exact)
+        _check_all(measure, objectives, exact, moving or {})
     finally:
         gc.unfreeze()
 
@@ -70,15 +73,16 @@ def _check_all(
     measure: measures.Measure,
     objectives: Sequence[Objective] | None,
     exact: Callable[[Objective], float] | None,
+    moving: Mapping[str, Any],
 ) -> None:
     name = measure.name
     _check_hygiene(measure)
     _check_degree(measure)
     for symmetry in measures.SYMMETRIES:
         if symmetry in measure.invariant_to:
-            _check_claim(measure, symmetry)
+            _check_claim(measure, symmetry, moving)
         else:
-            moved = _moves(measure, symmetry)
+            moved = _moves(measure, symmetry, moving)
             assert moved, f"{name} does not claim {symmetry}, but does not move under it"
     labels = "labels" in measure.needs
     if objectives is None:
@@ -122,20 +126,26 @@ def check_together(names: Sequence[str] | None = None) -> None:
         assert same, f"{m.name}: {a} or {b}, depending on what was measured before"
 
 
-def find_claims(name: str) -> set[str]:
+def find_claims(name: str, moving: Mapping[str, Any] | None = None) -> set[str]:
     """Return the symmetries that a measure should claim: those under which it does not move.
 
     Args:
         name: Of the measure.
+        moving: As for :func:`check_measure`.
     """
     measure = measures.get(name)
-    return {s for s in measures.SYMMETRIES if not _moves(measure, s)}
+    return {s for s in measures.SYMMETRIES if not _moves(measure, s, moving or {})}
 
 
 def _estimate(
-    measure: measures.Measure, setting: Setting, *, seed: int = 0, effort: int = 1
+    measure: measures.Measure,
+    setting: Setting,
+    *,
+    effort: int = 1,
+    moving: Mapping[str, Any] | None = None,
 ) -> Estimate:
-    return measure(setting.analysis(seed, measure.needs), **_more(measure, effort))
+    given = {**(moving or {}), **_more(measure, effort)}
+    return measure(setting.analysis(0, measure.needs), **given)
 
 
 def _more(measure: measures.Measure, effort: int) -> dict[str, int]:
@@ -251,29 +261,29 @@ def _scaled_loss(seed: int, factor: float, *, labels: bool) -> Setting:
 
 
 def _compare(
-    measure: measures.Measure, symmetry: str, seed: int, effort: int
+    measure: measures.Measure, symmetry: str, seed: int, effort: int, moving: Mapping[str, Any]
 ) -> tuple[Estimate, Estimate]:
     # Raises MeasureError where the measure refuses one of the networks.
     pair = settings(symmetry, seed, labels="labels" in measure.needs)
-    a, b = (_estimate(measure, setting, effort=effort) for setting in pair)
+    a, b = (_estimate(measure, setting, effort=effort, moving=moving) for setting in pair)
     return a, b
 
 
-def _check_claim(measure: measures.Measure, symmetry: str) -> None:
+def _check_claim(measure: measures.Measure, symmetry: str, moving: Mapping[str, Any]) -> None:
     for seed in SEEDS:
-        a, b = _compare(measure, symmetry, seed, 1)
+        a, b = _compare(measure, symmetry, seed, 1, moving)
         allowed = EXACT * max(abs(a.value), abs(b.value)) + _room(a, b, DEVIATIONS)
         held = abs(a.value - b.value) <= allowed
         assert held, f"{measure.name} claims {symmetry}, but moved from {a} to {b}"
 
 
-def _moves(measure: measures.Measure, symmetry: str) -> bool:
+def _moves(measure: measures.Measure, symmetry: str, moving: Mapping[str, Any]) -> bool:
     # One network on which it moves is enough. What the usual draws do not show, more may.
     shown = False
     for effort in EFFORTS if _more(measure, 2) else (1,):
         for seed in SEEDS:
             try:
-                a, b = _compare(measure, symmetry, seed, effort)
+                a, b = _compare(measure, symmetry, seed, effort, moving)
             except MeasureError:
                 continue
             shown = True
