@@ -26,7 +26,7 @@ from sharpkit.objective.usage import Spent, Usage
 from sharpkit.parameters import ParameterSpace, Selection, select_names
 from sharpkit.results import Cost
 
-__all__ = ["Objective", "leaves_of"]
+__all__ = ["Objective"]
 
 
 class Objective(MatrixProducts):
@@ -183,7 +183,7 @@ class Objective(MatrixProducts):
         evaluator = Evaluator(model, batch_loss, trees.as_batches(data), names, dtype=dtype)
         start = {n: evaluator.cast(parameters[n].detach()) for n in names}
         self.space = ParameterSpace.of(start)
-        self._leaves = leaves_of(start)
+        self._leaves = _leaves(start)
         fixed = {n: t.detach() for n, t in self._leaves.items()}
         first_pass(evaluator, fixed, budget=memory_budget, check=check)
         self._evaluator = evaluator
@@ -280,7 +280,7 @@ class Objective(MatrixProducts):
         """
         parts = self.space.unflatten(theta.detach())
         other = copy.copy(self)
-        other._leaves = leaves_of({n: t.to(self._leaves[n].dtype) for n, t in parts.items()})
+        other._leaves = _leaves({n: t.to(self._leaves[n].dtype) for n, t in parts.items()})
         other._hessian = self._hessian.at(other._leaves)
         other._through = self._through.at(other._leaves)
         return other
@@ -294,7 +294,7 @@ class Objective(MatrixProducts):
         names = select_names(self.space.names, params)
         chosen = set(names)
         other = copy.copy(self)
-        other._leaves = leaves_of({n: self._leaves[n].detach() for n in names})
+        other._leaves = _leaves({n: self._leaves[n].detach() for n in names})
         other.space = ParameterSpace.of(other._leaves)
         other._evaluator = self._evaluator.restrict(
             {n: t.detach() for n, t in self._leaves.items() if n not in chosen}
@@ -361,7 +361,7 @@ class Objective(MatrixProducts):
         return torch.stack(rows)
 
 
-def leaves_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies to differentiate by, also when made inside ``torch.inference_mode``."""
+def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # Copies to differentiate by, also when made inside torch.inference_mode.
     with torch.inference_mode(False), torch.no_grad():
         return {n: t.clone().requires_grad_() for n, t in tensors.items()}
