@@ -19,7 +19,7 @@ from sharpkit.errors import ObjectiveError
 from sharpkit.objective import batches as trees
 from sharpkit.objective.evaluator import Evaluator
 from sharpkit.objective.losses import CriterionLoss
-from sharpkit.objective.objective import Objective, leaves_of
+from sharpkit.objective.objective import Objective
 from sharpkit.objective.probing import first_piece
 
 __all__ = ["State", "deviation", "state_of", "trace", "with_state"]
@@ -44,14 +44,13 @@ def with_state(objective: Objective, state: State) -> Objective:
         objective: The model, loss and data.
         state: All of them, as :func:`state_of` returns them.
     """
-    old, leaves = objective._evaluator, objective._leaves
+    old = objective._evaluator
     evaluator = copy.copy(old)
     evaluator.fixed = {n: state[n].to(t.dtype) for n, t in old.fixed.items()}
     evaluator.set_buffers({n: state[n].to(t.dtype) for n, t in old.buffers.items()})
     evaluator.holders = weakref.WeakSet()
-    other = copy.copy(objective)
+    other = objective.at(objective.space.flatten({n: state[n] for n in objective.space.names}))
     other._evaluator = evaluator
-    other._leaves = leaves_of({n: state[n].to(t.dtype) for n, t in leaves.items()})
     other._begin()
     return other
 
