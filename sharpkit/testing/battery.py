@@ -27,7 +27,7 @@ __all__ = ["check_measure", "check_together", "find_claims"]
 
 EXACT = 1e-6  # relative, in float64, for what is not drawn at random
 DEVIATIONS = 6  # combined errors that two estimates of one number may lie apart
-CHANCE = 1e-7  # that noise alone would look like a change
+CHANCE = 1e-4  # that noise alone would look like a change
 CHANGED = 1e-3  # relative: what is not claimed must move at least so much
 EFFORTS = (1, 4, 20)  # times the usual number of draws, to tell a change from noise
 DRAWS = ("num_probes", "num_pairs", "num_draws", "num_samples")  # settings that say how many

@@ -262,7 +262,7 @@ def _normalised_network(draw: Draw) -> nn.Module:
 
 
 def _batch_norm_scale(draw: Draw) -> Element:
-    c = draw.log_uniform(3) / 8  # far, so that noisy measures are seen to move too
+    c = draw.log_uniform(3) / 5  # small weights are sharp, so that noise does not hide the move
 
     def element(model: Any) -> None:
         model[0].weight.mul_(c[:, None])
@@ -281,7 +281,7 @@ def _normalised_logits(draw: Draw) -> nn.Module:
 
 
 def _logit_scale(draw: Draw) -> Element:
-    c = float(4 + draw.log_uniform(1))
+    c = 1 / float(4 + draw.log_uniform(1))
 
     def element(model: Any) -> None:
         model[2].weight.mul_(c)
@@ -314,7 +314,7 @@ def _attention_gl(draw: Draw) -> Element:
 
 
 def _key_bias_shift(draw: Draw) -> Element:
-    shift = 5 * draw.normal(2)
+    shift = draw.normal(2)
 
     def element(model: Any) -> None:
         model.attention.in_proj_bias[2:4] += shift
