@@ -59,7 +59,7 @@ def cell(score: sk.Score | None) -> str:
     text = str(estimate)
     if estimate.data_error is not None:
         text += f" (data {estimate.data_error:.2g})"
-    return text if estimate.converged else text + " *"
+    return text
 
 
 def main() -> None:
@@ -93,8 +93,8 @@ def main() -> None:
             "",
             "Made by `python examples/catalogue.py`. " + " ".join(detail.split()),
             "Values are given with the error that each measure states (a standard error, a bound,"
-            ' or a rounding level); "data" is the error from the data being a sample; * marks'
-            " what did not converge.",
+            ' or a rounding level; maxima as what was attained); "data" is the error from the data'
+            " being a sample.",
             "",
             "| measure | " + " | ".join(heads) + " |",
             "|---|" + "---|" * len(heads),

@@ -324,7 +324,8 @@ def list_measures(
         _print_measure(out, chosen[0])
         return
     table = Table(box=None, pad_edge=False, show_lines=False)
-    for column in ("measure", "what it is", "cost"):
+    table.add_column("measure", no_wrap=True)
+    for column in ("what it is", "cost"):
         table.add_column(column, overflow="fold")
     for m in chosen:
         table.add_row(Text(m.name, style="bold"), Text(m.definition), Text(m.cost))
