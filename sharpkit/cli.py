@@ -6,9 +6,7 @@ checkpoints or checks failed (the rest is kept), 2 wrong use, 130 interrupted.
 
 from __future__ import annotations
 
-import inspect
 import json
-import re
 import sys
 import time
 import warnings
@@ -20,7 +18,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -34,8 +31,8 @@ from rich.text import Text
 from sharpkit import __version__, measures
 from sharpkit.auditing import audit as audit_objective
 from sharpkit.cli_audit import report
+from sharpkit.cli_tables import describe, frame_table, print_measure, print_result
 from sharpkit.errors import SettingsError, SharpkitError, SharpkitWarning
-from sharpkit.results import Estimate, Score, format_value
 from sharpkit.scoring import ALL, parse_request
 from sharpkit.study.catalogue import catalogue_markdown
 from sharpkit.study.checkpoints import find_checkpoints
@@ -166,7 +163,7 @@ def score(
     def on_result(result: CheckpointScores) -> None:
         finished.append(result)
         if not as_json:
-            _print_result(out, result, parts)
+            print_result(out, result, parts)
 
     status = OK
     try:
@@ -229,74 +226,6 @@ def _progress() -> Progress:
     )
 
 
-def _print_result(out: Console, result: CheckpointScores, parts: bool) -> None:
-    title = str(result.checkpoint)
-    if result.error:
-        out.print(Text(f"{title}: {result.error}", style="red"))
-        if not result.scores:
-            return
-    table = Table(
-        title=escape(title),
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("measure", no_wrap=True)
-    table.add_column("value", overflow="fold")
-    table.add_column("error")
-    table.add_column("data ±", justify="right")
-    table.add_column("HVP", justify="right")
-    table.add_column("grad", justify="right")
-    table.add_column("sec", justify="right")
-    for item in result.scores:
-        table.add_row(*_row(item))
-        for part in item.estimate.parts if parts and item.estimate else ():
-            kind = item.estimate.error_kind if item.estimate else "stderr"
-            shown = format_value(part.value, part.probe_error, kind)
-            mark = "" if part.converged else " (!)"
-            table.add_row(Text(f"  {part.label}", style="dim"), Text(shown + mark))
-    out.print(table)
-    if result.scores:
-        origin = result.scores[0].provenance
-        out.print(
-            f"loss {origin['loss']:.5g} over {origin['num_examples']} examples,"
-            f" {origin['num_parameters']} parameters, {origin['dtype']}",
-            style="dim",
-        )
-    for item in result.scores:
-        e = item.estimate
-        if e is None:
-            out.print(Text(f"  {item.measure} failed: {item.error}", style="red"))
-            continue
-        late = "" if e.converged else "NOT CONVERGED. "
-        text = late + " ".join(e.notes)
-        if text:
-            out.print(Text(f"  {item.measure}: {text.strip()}", style="yellow"))
-    out.print()
-
-
-def _row(item: Score) -> list[Text]:
-    e: Estimate | None = item.estimate
-    settings = {
-        k: v for k, v in item.settings.items() if v != measures.get(item.measure).settings[k]
-    }
-    name = item.measure + "".join(f" {k}={v}" for k, v in settings.items())
-    if e is None:
-        return [Text(name), Text("failed", style="red"), *[Text("")] * 5]
-    kind = {"stderr": "1 se", "bound": "bound", "rounding": "rounding"}
-    shown = format_value(e.value, e.probe_error, e.error_kind)
-    return [
-        Text(name),
-        Text(shown if e.converged else f"{shown} (!)", style="" if e.converged else "yellow"),
-        Text(kind.get(e.error_kind, "room")),
-        Text("" if e.data_error is None else f"{e.data_error:.2g}"),
-        Text(str(e.cost.hvps)),
-        Text(str(e.cost.gradients)),
-        Text(f"{e.cost.seconds:.1f}"),
-    ]
-
-
 # -- measures ----------------------------------------------------------------------------
 
 
@@ -317,11 +246,11 @@ def list_measures(
     chosen = [measures.get(name)] if name else [measures.get(n) for n in measures.names()]
     out = _stdout()
     if as_json:
-        rows = [_describe(m) for m in chosen]
+        rows = [describe(m) for m in chosen]
         sys.stdout.write(json.dumps(rows[0] if name else rows, indent=2) + "\n")
         return
     if name:
-        _print_measure(out, chosen[0])
+        print_measure(out, chosen[0])
         return
     table = Table(box=None, pad_edge=False, show_lines=False)
     table.add_column("measure", no_wrap=True)
@@ -331,74 +260,6 @@ def list_measures(
         table.add_row(Text(m.name, style="bold"), Text(m.definition), Text(m.cost))
     out.print(table)
     out.print("\nsharpkit measures NAME shows formula, settings, invariances, reference.")
-
-
-def _describe(m: measures.Measure) -> dict[str, Any]:
-    return {
-        "name": m.name,
-        "symbol": m.symbol,
-        "definition": m.definition,
-        "reference": m.reference,
-        "cost": m.cost,
-        "invariant_to": sorted(m.invariant_to),
-        "degree": m.degree,
-        "nonnegative": m.nonnegative,
-        "settings": dict(m.settings),
-        "needs": sorted(m.needs),
-        "dear": m.dear,
-    }
-
-
-def _reflow(docstring: str) -> list[str]:
-    # Paragraphs on one line each, for the terminal to break; formulas and settings as lines.
-    result = []
-    for paragraph in docstring.split("\n\n"):
-        lines = paragraph.splitlines()
-        if lines[0].startswith(".. math::"):
-            first = lines[0].removeprefix(".. math::").strip()
-            result.append("\n".join("    " + t for t in [first, *map(str.strip, lines[1:])] if t))
-        elif lines[0] == "Args:":
-            items: list[str] = []
-            for line in lines[1:]:
-                starts = line.startswith("    ") and not line.startswith("     ")
-                if starts:
-                    items.append("  " + line.strip())
-                else:
-                    items[-1] += " " + line.strip()
-            result.append("\n".join(i for i in items if not i.startswith("  analysis:")))
-        else:
-            result.append(" ".join(line.strip() for line in lines))
-    plain = (re.sub(r":math:`([^`]*)`", r"\1", text) for text in result if text)
-    return [text.replace("``", "") for text in plain]
-
-
-def _print_measure(out: Console, m: measures.Measure) -> None:
-    out.print(Text(f"{m.name}   {m.symbol}", style="bold"))
-    out.print()
-    for paragraph in _reflow(inspect.getdoc(m.function) or ""):
-        out.print(Text(paragraph))
-        out.print()
-    defaults = ", ".join(f"{k}={v}" for k, v in m.settings.items()) or "none"
-    out.print(_entry("settings", defaults))
-    unchanged = ", ".join(s for s in measures.SYMMETRIES if s in m.invariant_to) or "nothing"
-    changed = ", ".join(s for s in measures.SYMMETRIES if s not in m.invariant_to) or "nothing"
-    out.print(_entry("invariant to", unchanged))
-    out.print(_entry("changed by", changed))
-    degree = "is not homogeneous" if m.degree is None else f"scales as c^{m.degree:g}"
-    out.print(_entry("L -> cL", degree))
-    if m.needs:
-        out.print(_entry("needs", "; ".join(measures.registry.NEEDS[n] for n in sorted(m.needs))))
-    out.print(_entry("cost", m.cost + ("; only by name, or with -m all" if m.dear else "")))
-    out.print(_entry("reference", m.reference))
-
-
-def _entry(name: str, text: str) -> Table:
-    # A name and its text, whose further lines stay below the first.
-    entry = Table(box=None, pad_edge=False, show_header=False)
-    entry.add_column(width=12)
-    entry.add_column(overflow="fold")
-    entry.add_row(Text(name), Text(text))
-    return entry
 
 
 # -- audit -------------------------------------------------------------------------------
@@ -538,10 +399,8 @@ def demo(
 
         report = run_demo(output, quick=quick, seed=seed, progress=progress)
     out.print(f"{report.num_models} models trained on scikit-learn digits, scored with seed {seed}")
-    out.print(_frame_table("Sharpness of each model", report.table))
-    out.print(
-        _frame_table("Kendall tau with the generalization gap (test - train CE)", report.taus)
-    )
+    out.print(frame_table("Sharpness of each model", report.table))
+    out.print(frame_table("Kendall tau with the generalization gap (test - train CE)", report.taus))
     for line in report.remarks:
         out.print(Text(line, style="yellow"))
     out.print("\nWritten:")
@@ -549,15 +408,6 @@ def demo(
         out.print(Text(f"  {path}"))
     out.print(f"{time.perf_counter() - started:.0f} s in all")
     _leave(SOME_FAILED if report.failures else OK)
-
-
-def _frame_table(title: str, frame: Any) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for i, name in enumerate(frame.columns):
-        table.add_column(str(name), justify="left" if i == 0 else "right", overflow="fold")
-    for row in frame.itertuples(index=False):
-        table.add_row(*(Text(str(cell)) for cell in row))
-    return table
 
 
 # -- entry -------------------------------------------------------------------------------
