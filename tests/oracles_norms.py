@@ -128,8 +128,11 @@ def pac_bayes_magnitude_bound(objective):
     return magnitude_bound(objective, sigma(objective, True, epsilon=1e-3))
 
 
-def alpha(objective, magnitude, target=0.1):
-    """Search boxes of bisected size, once for every set of labels that would be enough."""
+def alpha(objective, magnitude, target=0.1, schedules=((25, 0.8),)):
+    """Search boxes of bisected size, once for every set of labels that would be enough.
+
+    A schedule is a number of steps and what each is shortened by.
+    """
     theta, y = objective.theta, data_of(objective)[1]
     scale = theta.abs() if magnitude else torch.ones_like(theta)
     needed = math.floor(target * len(y)) + 1  # the labels are the network's own
@@ -149,13 +152,14 @@ def alpha(objective, magnitude, target=0.1):
     slopes = vmap(torch.func.grad(loss))
 
     def found(radius):
-        z = torch.zeros(len(sets), len(theta)).double()
-        for k in range(25):
-            z = (z + 2 * radius * 0.8**k * slopes(theta + scale * z, sets).sign()).clamp(
-                -radius, radius
-            )
-            if (error_rates(objective, theta + scale * z) > target).any():
-                return True
+        for steps, shortened in schedules:
+            z = torch.zeros(len(sets), len(theta)).double()
+            for k in range(steps):
+                step = 2 * radius * shortened**k
+                z = z + step * slopes(theta + scale * z, sets).sign()
+                z = z.clamp(-radius, radius)
+                if (error_rates(objective, theta + scale * z) > target).any():
+                    return True
         return False
 
     low, high = 1e-4, 2.0

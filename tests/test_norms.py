@@ -725,7 +725,7 @@ def test_sharpness_flatness_is_what_a_search_finds(magnitude, seed):
     name = "sharpness_magnitude_flatness" if magnitude else "sharpness_flatness"
     o = labelled(seed)
     e = measure(o, name)
-    searched = norms.alpha(o, magnitude) ** -2
+    searched = norms.alpha(o, magnitude, schedules=((25, 0.8), (80, 0.93), (40, 0.5))) ** -2
     assert (e.error_kind, e.converged) == ("lower_bound", True)
     # A point found proves the value; a search for every pair of labels finds up to 2.3 times
     # as much, as the docstring says.
