@@ -15,7 +15,7 @@ __all__ = ["exact_crossed", "exact_inverse"]
 
 
 def exact_inverse(G: Tensor, xi: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Return end and velocity at time 1 of a geodesic of :math:`\mathrm{Tr}(M^{-1}\eta^\top\zeta)`.
+    r"""Return end and velocity at time 1 of a geodesic of one factor in the inverse Gram metric.
 
     The map :math:`Q \mapsto QG` is a Riemannian submersion from GL(n) with the right-invariant
     metric :math:`\|\dot QQ^{-1}\|_F`, whose geodesics are known (Martin and Neff,
@@ -64,7 +64,7 @@ _STAGES = (
     (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
 _ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-_SHORTEST = 1e-7  # of the whole time; a geodesic that needs shorter steps has met its end
+_SHORTEST = 1e-6  # of the whole time; a geodesic that needs shorter steps has met its end
 _FIRST = 0.1
 
 
@@ -97,7 +97,7 @@ def exact_crossed(pair: Pair, xi: Pair, tolerance: float | None = None) -> tuple
     eye = torch.eye(2 * h, dtype=gram.dtype, device=gram.device)
     start = torch.stack([eye[:, :h], eye[:, :h], eye[:, h:], eye[:, h:]])
     state = _integrate(start.expand(*gram.shape[:-3], 4, 2 * h, h), gram, tolerance)
-    K = [part.squeeze(-3) for part in state.split(1, dim=-3)]
+    K = state.unbind(-3)
     return (
         Pair(bases[0] @ K[0], bases[1] @ K[1]),
         Pair(bases[0] @ K[2], bases[1] @ K[3]),
@@ -162,11 +162,12 @@ def _integrate(state: Tensor, gram: Tensor, tolerance: float) -> Tensor:
             done = torch.where(kept, done + dt, done)
             left = 1 - done
             dt = torch.where(left > dt * 1e-6, torch.minimum(dt * factor, left), 0)
-            if bool(((dt > 0) & (dt < _SHORTEST) & (dt < left)).any()):
+            lost = (dt > 0) & (dt < _SHORTEST) & (dt < left)
+            if bool(lost.any()):
                 raise MeasureError(
                     "Expected a geodesic that lasts until the asked time. Got one that loses "
-                    f"column rank at the fraction {float(done.min()):.4g} of it. Use a smaller "
-                    "radius, or order=2."
+                    f"column rank right after the fraction {float(done[lost].min()):.4g} of it. "
+                    "Use a smaller radius, or order=2."
                 )
             if not bool((dt > 0).any()):
                 return new

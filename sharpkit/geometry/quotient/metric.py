@@ -108,7 +108,8 @@ class QuotientMetric(ABC):
         """Return the length ``[...]`` of a tangent vector; its derivative at 0 is taken as 0."""
         white = self.whiten(xi)
         parts = torch.cat([white.G.flatten(-2), white.H.flatten(-2)], dim=-1)
-        return torch.linalg.vector_norm(parts, dim=-1)
+        length: Tensor = torch.linalg.vector_norm(parts, dim=-1)
+        return length
 
     def whiten(self, xi: Pair) -> Pair:
         r"""Return coordinates in which the metric is the Euclidean one.
@@ -176,7 +177,7 @@ class QuotientMetric(ABC):
         return self._out(inside.plus(Pair(G @ generator, -H @ generator.mT)))
 
     def christoffel(self, xi: Pair) -> Pair:
-        r"""Return :math:`\Gamma(\xi, \xi)`; geodesics obey :math:`\ddot x = -\Gamma(\dot x, \dot x)`."""
+        r"""Return :math:`\Gamma(\xi, \xi)`, minus the acceleration of a geodesic."""
         return self._out(self._christoffel(self._in(xi)))
 
     def geodesic(
@@ -318,7 +319,8 @@ class CrossGramMetric(QuotientMetric):
 
     def _multiplier(self, xi: Pair) -> Tensor:
         G, H = self._at
-        return 0.5 * ((xi.H.mT @ H) @ self._IH - self._IG @ (G.mT @ xi.G))
+        twice: Tensor = (xi.H.mT @ H) @ self._IH - self._IG @ (G.mT @ xi.G)
+        return twice / 2
 
     def _christoffel(self, xi: Pair) -> Pair:
         crosses = [v.mT @ at for at, v in zip(self._at, xi, strict=True)]

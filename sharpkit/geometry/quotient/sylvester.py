@@ -58,10 +58,11 @@ def solve_sylvester(A: Tensor, B: Tensor, diagonal: Tensor) -> Tensor:
 
     Args:
         A: ``[..., h, h]``.
-        B: ``[..., h, h]``; more leading axes are allowed.
+        B: ``[..., h, h]``; axes in front of those of A are allowed.
         diagonal: d, ``[..., h]``, positive; taken as constant.
     """
     sums = (diagonal[..., :, None] + diagonal[..., None, :]).detach()
-    A, B, sums = torch.broadcast_tensors(A, B, sums)
+    shape = max(A.shape, B.shape, key=len)
+    A, B, sums = A.expand(shape), B.expand(shape), sums.expand(shape)
     out: Tensor = _Solve.apply(A, B, sums)  # type: ignore[no-untyped-call]
     return out
