@@ -48,13 +48,24 @@ class Balanced:
                 is only a limit of equivalent ones.
         """
         self._require_full()
-        return self._element
+        return self._element.to(self.sigma.dtype)
 
     @property
     def inverse(self) -> Tensor:
         """The inverse of :attr:`element`, from its own formula, ``[..., h, h]``."""
         self._require_full()
-        return self._inverse
+        return self._inverse.to(self.sigma.dtype)
+
+    def move(self, pair: Pair) -> Pair:
+        r"""Return :math:`(GA^{-1}, HA^\top)` with A in float64, in the pair's own dtype.
+
+        Raises:
+            MeasureError: As :attr:`element`.
+        """
+        self._require_full()
+        wide = Pair(*(part.to(self._element.dtype) for part in pair))
+        moved = wide.act(self._element, self._inverse)
+        return Pair(*(part.to(self.sigma.dtype) for part in moved))
 
     def _require_full(self) -> None:
         if not self.full:
@@ -133,7 +144,10 @@ def balance(G: Tensor, H: Tensor, *, damping: float = 0.0) -> Balanced:
         damping: At least 0, relative to the largest singular value of each head. Above 0,
             deficient factors are taken, and :meth:`Balanced.damped` is of full rank.
 
-    Cost: two thin QR and one SVD a head, ``O((n + m) h^2 + h^3)``.
+    Cost: two thin QR and one SVD a head, ``O((n + m) h^2 + h^3)``, in float64 also for
+    float32: what the gauge does to the rounding of the parameters is then all it does.
+
+    A singular value counts as zero below h roundings of the largest, of the dtype given.
 
     Raises:
         ShapeError: If the shapes do not match.
@@ -149,7 +163,9 @@ def balance(G: Tensor, H: Tensor, *, damping: float = 0.0) -> Balanced:
     check_point(given)
     if not 0 <= damping < math.inf:
         raise SettingsError(f"Expected `damping` to be finite and at least 0. Got {damping!r}.")
-    n, m, h = G.shape[-2], H.shape[-2], G.shape[-1]
+    dtype, h = G.dtype, G.shape[-1]
+    if G.device.type != "mps":  # which has no float64
+        G, H = G.double(), H.double()
     # Equal column norms first: rounding then depends on angles between columns only.
     with torch.no_grad():
         long, wide = G.norm(dim=-2), H.norm(dim=-2)
@@ -160,12 +176,13 @@ def balance(G: Tensor, H: Tensor, *, damping: float = 0.0) -> Balanced:
     U, sigma, Vh = torch.linalg.svd(RG @ RH.mT)
     with torch.no_grad():
         size = RG.flatten(-2).norm(dim=-1) * RH.flatten(-2).norm(dim=-1)
-        seen = sigma > max(n, m) * torch.finfo(G.dtype).eps * size[..., None]
+        rounding = torch.finfo(G.dtype).eps * size[..., None]
+        seen = sigma > h * torch.maximum(rounding, torch.finfo(dtype).eps * sigma[..., :1])
         rank = seen.sum(-1)
     if damping == 0 and bool((rank < h).any()):
         raise MeasureError(
             f"Expected factors of full column rank {h}. Got a head of rank {int(rank.min())}. "
-            "Balance with `damping` above 0, or use float64 if the gauge is extreme."
+            "Balance with `damping` above 0, or keep the parameters in float64."
         )
     if bool((rank == 0).any()):
         raise MeasureError(
@@ -176,12 +193,12 @@ def balance(G: Tensor, H: Tensor, *, damping: float = 0.0) -> Balanced:
     left, right = QG @ U, QH @ Vh.mT
     with torch.no_grad():
         largest = left.gather(-2, left.abs().argmax(-2, keepdim=True))
-        sign = torch.where(largest < 0, -1.0, 1.0).to(G.dtype)
+        sign = torch.where(largest < 0, -1.0, 1.0).to(sigma.dtype)
     # A zero here belongs to a head whose element is refused.
     over = torch.where(seen, 1 / torch.where(seen, root, 1), 0) * sign[..., 0, :]
     return Balanced(
-        pair=Pair(left * sign * root[..., None, :], right * sign * root[..., None, :]),
-        sigma=torch.where(seen, sigma, 0),
+        pair=Pair(*((side * sign * root[..., None, :]).to(dtype) for side in (left, right))),
+        sigma=torch.where(seen, sigma, 0).to(dtype),
         rank=rank,
         damping=damping,
         _element=over[..., :, None] * (U.mT @ RG) * scale[..., None, :],

@@ -42,8 +42,8 @@ class QuotientMetric(ABC):
     r"""An invariant metric at a point; vectors and gradients are pairs of the point's shapes.
 
     Batched over all leading axes; a vector may have more of them in front. Everything is
-    differentiable, to any order, with respect to the vectors and, through the pair given
-    here, to the point.
+    differentiable, to any order and forwards too, with respect to the vectors and, through
+    the pair given here, to the point. ``torch.vmap`` is for vectors, not for points.
 
     Args:
         pair: The base point, factors of full column rank (:meth:`Balanced.damped
@@ -64,7 +64,7 @@ class QuotientMetric(ABC):
         found = balance(*pair.detach())
         self._element, self._inverse = found.element, found.inverse
         self._diagonal = found.sigma.square()
-        self._at = pair.act(self._element, self._inverse)
+        self._at = found.move(pair)
         G, H = self._at
         self._MG, self._MH = G.mT @ G, H.mT @ H
         self._IG, self._IH = torch.linalg.inv(self._MG), torch.linalg.inv(self._MH)
@@ -227,16 +227,11 @@ class QuotientMetric(ABC):
             return self._out(line.plus(bend, -0.5 * t * t)), self._out(inside.plus(bend, -t))
         # A geodesic at time t is that of t times the velocity at time 1.
         end, velocity = self._exact(inside.times(t), tolerance)
-        over = 1 / t if isinstance(t, float | int) and t else None
-        if over is None:
-            steps = torch.as_tensor(t, dtype=inside.G.dtype, device=inside.G.device)
-            still = (steps == 0)[..., None, None]
-            safe = torch.where(steps == 0, 1, steps)[..., None, None]
-            velocity = Pair(
-                *(torch.where(still, v, w / safe) for v, w in zip(inside, velocity, strict=True))
-            )
-        else:
-            velocity = velocity.times(over)
+        steps = torch.as_tensor(t, dtype=inside.G.dtype, device=inside.G.device)[..., None, None]
+        parts = zip(inside, velocity, strict=True)
+        velocity = Pair(
+            *(torch.where(steps == 0, v, w / torch.where(steps == 0, 1, steps)) for v, w in parts)
+        )
         return self._out(end), self._out(velocity)
 
 

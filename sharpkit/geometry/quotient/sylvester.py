@@ -1,4 +1,4 @@
-r"""The equation :math:`AX + XA = B` where A is nearly diagonal, with all its derivatives."""
+r"""The equation :math:`AX + XA = B` at a diagonal A, with all its derivatives."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from torch import Tensor
 
 __all__ = ["solve_sylvester"]
 
-_SWEEPS = 2
-
 
 class _Solve(torch.autograd.Function):
     """The solution as a function of A and B; its derivatives solve the same equation."""
@@ -19,10 +17,8 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(A: Tensor, B: Tensor, sums: Tensor) -> Tensor:
-        X = B / sums
-        for _ in range(_SWEEPS):
-            X = X + (B - A @ X - X @ A) / sums
-        return X
+        del A  # diagonal; only its derivatives see more of it
+        return B / sums
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -50,14 +46,13 @@ class _Solve(torch.autograd.Function):
 def solve_sylvester(A: Tensor, B: Tensor, diagonal: Tensor) -> Tensor:
     r"""Return the X ``[..., h, h]`` with :math:`AX + XA = B`.
 
-    With :math:`A = \mathrm{diag}(d)` up to rounding, :math:`X_{ij} = B_{ij}/(d_i + d_j)`; two
-    sweeps of :math:`X \leftarrow X + (B - AX - XA)_{ij}/(d_i + d_j)` take the rounding of A in.
-    Derivatives of every order are those of the exact solution: with respect to B the adjoint
-    equation, to A :math:`-(YX^\top + X^\top Y)`. No gaps between eigenvalues enter them, so
-    that equal ones do no harm.
+    At :math:`A = \mathrm{diag}(d)`, :math:`X_{ij} = B_{ij}/(d_i + d_j)`. Derivatives of every
+    order are those of the solution for a general A: with respect to B the adjoint equation,
+    to A :math:`-(YX^\top + X^\top Y)`. No gaps between eigenvalues enter them, so that equal
+    ones do no harm.
 
     Args:
-        A: ``[..., h, h]``.
+        A: ``[..., h, h]``, diagonal up to rounding.
         B: ``[..., h, h]``; axes in front of those of A are allowed.
         diagonal: d, ``[..., h]``, positive; taken as constant.
     """
