@@ -484,14 +484,17 @@ def test_a_square_crossed_geodesic_ends_where_the_product_does():
     metric.geodesic(xi, 0.95 * end, order="exact")
 
 
-def test_tolerance_is_kept():
+@pytest.mark.parametrize("length", [3.0, 10.0])
+def test_tolerance_is_kept(length):
     pair = a_pair()
     metric = metric_at(pair, "mix")
-    xi = unit(metric, like(pair), 3.0)
+    xi = unit(metric, like(pair), length)
     best = metric.geodesic(xi, order="exact", tolerance=1e-13)
-    for tolerance in (1e-3, 1e-5, 1e-7):
+    for tolerance in (1e-3, 1e-5, 1e-7, 1e-9, None):
         off = metric.geodesic(xi, order="exact", tolerance=tolerance).plus(best, -1.0)
-        assert metric.norm(off) < 10 * tolerance * 3.0
+        assert metric.norm(off) < (tolerance or 1e-11) * length
+    low, v = (Pair(*(x.float() for x in p)) for p in (pair, xi))
+    assert far(metric_at(low, "mix").geodesic(v, order="exact"), best) < 2e-6
 
 
 # Heads together
@@ -589,8 +592,11 @@ def test_deficient_factors_are_refused_without_damping():
     pair, _ = deficient()
     with pytest.raises(MeasureError, match=r"full column rank 3\. Got a head of rank 2"):
         balance(*pair)
-    with pytest.raises(MeasureError, match="full column rank"):
-        metric_at(pair, "inv")
+    for metric in NAMES:
+        with pytest.raises(MeasureError, match="full column rank"):
+            metric_at(pair, metric)
+    with pytest.raises(MeasureError, match="full column rank"):  # up to the rounding of the dtype
+        balance(*(x.float() for x in pair))
     with pytest.raises(MeasureError, match="not zero"):
         balance(draw(4, 2), torch.zeros(3, 2, dtype=torch.float64), damping=0.1)
 
@@ -603,6 +609,8 @@ def test_deficient_factors_are_balanced_with_damping():
     with pytest.raises(MeasureError, match="to name a group element"):
         _ = found.element
     assert "rank below 3 (lowest 2)" in found.notes[1]
+    low = (found.sigma[1] / found.sigma[0]).item()
+    assert f"multiplied by {math.sqrt(low / (low + 1e-3)):.3g}" in found.notes[0]
     long = found.damped()
     want = torch.diag(found.sigma + 1e-3 * found.sigma[0])
     assert all((M - want).abs().max() < 1e-13 for M in grams(long))

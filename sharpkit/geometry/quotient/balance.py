@@ -103,12 +103,12 @@ class Balanced:
         if self.damping == 0:
             return ()
         h = self.sigma.shape[-1]
-        low = self.sigma[..., -1] / self.sigma[..., 0]
+        low = torch.where(self.sigma > 0, self.sigma, torch.inf).amin(-1) / self.sigma[..., 0]
         shrink = float((low / (low + self.damping)).sqrt().min())
         notes = [
             f"Both Gram matrices were damped by {self.damping:g} of the largest singular value, "
             "in the balanced gauge: the function is unchanged, lengths along the weakest "
-            f"direction are multiplied by {shrink:.3g} (inverse Gram metric) or divided by it "
+            f"direction of the product are multiplied by {shrink:.3g} (inverse Gram metric) or divided by it "
             "(crossed)."
         ]
         lowest = int(self.rank.min())

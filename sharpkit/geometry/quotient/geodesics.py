@@ -81,10 +81,11 @@ def exact_crossed(pair: Pair, xi: Pair, tolerance: float | None = None) -> tuple
         xi: The velocity; more leading axes are allowed.
         tolerance: The largest error of a step in position and velocity, in the metric of the
             start, relative to the speed. None: 1e-11 in float64, 1e-6 in float32. The error
-            at the end is that times a small number of steps, and rounding.
+            at the end was below that times the length wherever it was compared; it can grow
+            near the end of a geodesic.
 
-    Cost: ``O((n + m) h^2)`` a head once, then 6 evaluations of ``O(h^3)`` a step; one transfer
-    to the host a step.
+    Cost: ``O((n + m) h^2)`` a head once, then 6 evaluations of ``O(h^3)`` a step; three
+    transfers of a boolean to the host a step.
 
     Raises:
         MeasureError: If a geodesic ends before time 1.

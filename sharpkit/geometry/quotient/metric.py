@@ -49,7 +49,7 @@ class QuotientMetric(ABC):
         pair: The base point, factors of full column rank (:meth:`Balanced.damped
             <sharpkit.geometry.quotient.Balanced.damped>` otherwise).
 
-    Cost: two QR, one SVD and two inverses once, ``O((n + m) h^2 + h^3)`` a head; then a few
+    Cost: :func:`balance` and two inverses once, ``O((n + m) h^2 + h^3)`` a head; then a few
     products of ``[n, h]`` with ``[h, h]`` a call.
 
     Raises:
