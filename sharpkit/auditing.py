@@ -33,6 +33,7 @@ EXACT = 1e-6  # relative: so little is rounding, in float64
 ROUNDING = 100.0  # of the dtype's eps, in coarser ones
 CHANCE = 1e-4  # that random errors alone look like a move
 COARSE = 0.1  # errors that may hide a move of more than this share resolve nothing
+SEARCH = 0.05  # relative: so far apart ascents may end that start alike in rounding
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Change:
         after: The number of the same function after the element.
         verdict: ``"unchanged"``: equal, or within errors that would show a move of a tenth;
             ``"moved"``: by more than errors explain; ``"unresolved"``: errors are too large
-            to tell; ``"failed"``.
+            to tell, or lower bounds differ by less than 5%; ``"failed"``.
         ratio: ``after / before``; None if there is no such number.
         room: How far apart the errors let two estimates of one number lie, relative to it.
         claimed: Whether the measure claims to be invariant.
@@ -330,8 +331,11 @@ def _change(first: Score, second: Score, symmetry: str, tolerance: float) -> Cha
     elif gap <= allowed + tolerance * size:
         verdict = "unchanged" if room <= COARSE else "unresolved"
     else:
-        # The error of what did not converge is not one, unless the move is far beyond it.
+        # The error of what did not converge is not one, unless the move is far beyond it. Nor
+        # is the room that an ascent had left: another one may end at another maximum.
         loose = not (a.converged and b.converged) and gap <= 3 * allowed
+        if "lower_bound" in (a.error_kind, b.error_kind) and gap <= SEARCH * size:
+            loose, room = True, max(room, SEARCH)
         verdict = "unresolved" if loose else "moved"
     return Change(_title(first), symmetry, a, b, verdict, ratio, room, claimed)
 

@@ -90,6 +90,15 @@ def test_bounds_add_and_unknown_errors_resolve_nothing():
     assert verdict(estimate(1.0, None), estimate(5.0, None)).verdict == "unresolved"
 
 
+def test_ascents_that_end_elsewhere_contradict_no_claim():
+    a = estimate(1.0, 1e-6, "lower_bound")
+    near = verdict(a, estimate(1.02, 1e-6, "lower_bound"), symmetry="permutation")
+    assert near.verdict == "unresolved"
+    assert near.room == pytest.approx(0.05)
+    assert verdict(a, estimate(1.1, 1e-6, "lower_bound"), symmetry="permutation").contradicts
+    assert verdict(a, estimate(1.0 + 1e-7, 1e-6, "lower_bound")).verdict == "unchanged"
+
+
 def test_what_did_not_converge_contradicts_no_claim_by_a_little():
     a = estimate(1.0, 0.1, "bound", converged=False)
     assert verdict(a, estimate(1.4, 0.1, "bound"), symmetry="permutation").verdict == "unresolved"

@@ -776,3 +776,23 @@ def test_logits_of_zero_stay_zero_and_other_outputs_are_refused():
     torch.testing.assert_close(tokens.norm(dim=1), torch.ones(2, 4).double())
     with pytest.raises(ObjectiveError, match="returns logits"):
         wrapped([1, 2])
+
+
+def test_an_ascent_stopped_by_the_ball_ends_where_rounding_says_otherwise():
+    # In float32 the corner lies a little inside, and the value of each call is a little lower.
+    slope, calls = torch.tensor([10.0, -3.0]), itertools.count()
+
+    def function(z):
+        return float(slope @ z) - 1e-6 * next(calls), slope
+
+    rho = 0.041314640823364904
+    best = maximize_in_ball(
+        function,
+        start_value=0.0,
+        start_gradient=slope,
+        rho=rho,
+        norm="linf",
+        steps=20,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert best.value == pytest.approx(13 * rho, rel=1e-5)

@@ -291,17 +291,24 @@ def test_debug_shows_the_traceback(folder):
 def test_an_interrupt_keeps_what_was_computed(folder):
     recipe_with(
         folder, "slow.py", "loss = nn.CrossEntropyLoss()",
-        "import time\ncalls = []\ndef loss(z, y):\n    calls.append(1)\n"
-        "    if len(calls) > 40: time.sleep(60)\n    return nn.functional.cross_entropy(z, y)",
+        "import time, pathlib\ncalls = []\ndef loss(z, y):\n    calls.append(1)\n"
+        "    if len(calls) > 40:\n        pathlib.Path('there').touch()\n        time.sleep(60)\n"
+        "    return nn.functional.cross_entropy(z, y)",
     )  # fmt: skip
     command = [sys.executable, "-m", "sharpkit", "score", "a.pt", "b.safetensors", "-r", "slow.py"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*command, "-m", "gradient_norm", "-m", "sam_sharpness:steps=500", "--json"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    time.sleep(8)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+        # Jobs in the background of a script are started with interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        try:
+            while not (folder / "there").exists() and process.poll() is None:
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, err
     (checkpoint,) = json.loads(out)["checkpoints"]
     assert checkpoint["error"] == "interrupted"

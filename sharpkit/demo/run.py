@@ -19,7 +19,6 @@ from sharpkit.demo import recipe as demo_recipe
 from sharpkit.demo.zoo import digits, specs, train
 from sharpkit.errors import SharpkitError
 from sharpkit.landscape import filter_normalized, quadratic_model, slice_1d
-from sharpkit.measures import get, names
 from sharpkit.objective import Objective
 from sharpkit.overview import spectrum as measure_spectrum
 from sharpkit.results import format_value
@@ -35,18 +34,30 @@ __all__ = ["DemoReport", "run_demo"]
 
 Progress = Callable[[str, int, int], None]
 
-SETTINGS: dict[str, dict[str, Any]] = {
+# One or two of each family, those that cost little: see `sharpkit measures` for the others.
+MEASURES: dict[str, dict[str, Any]] = {
+    "adam_sharpness": {"method": "ggn"},  # exact; 24 probes would not do
+    "adaptive_sharpness_average": {"num_pairs": 30},
+    "adaptive_sharpness_worst": {},
+    "effective_rank": {},
+    "fisher_rao_norm": {},
+    "frobenius_norm": {},
+    "gradient_norm": {},
+    "hessian_trace": {},
+    "log_det": {},
+    "margin": {},
+    "monge_sharpness": {},
+    "monge_sharpness_first_order": {},
+    "negative_mass": {},
+    "parameter_norm": {},
+    "relative_flatness": {},
+    "renyi_sharpness": {},
+    "sam_sharpness": {},
+    "sam_sharpness_one_step": {},
+    "spectral_norms": {},
+    "stable_rank": {},
     "top_eigenvalues": {"k": 1, "which": "largest"},
-    "adam_sharpness": {"num_probes": 24},
-    "adaptive_sharpness_average": {"num_pairs": 60},
 }
-MET = {"labels", "examples", "layers"}  # what the demo's networks have
-
-
-def _measures() -> list[str]:
-    return [n for n in names() if get(n).needs <= MET and not get(n).dear]
-
-
 SLICE_POINTS = 41
 
 
@@ -107,7 +118,7 @@ def _run(folder: Path, quick: bool, seed: int, progress: Progress) -> DemoReport
     files.append(folder / "scores.csv")
     frame.to_csv(files[-1], index=False)
     good = frame[frame["reached_target"]]
-    taus = correlate(good, _measures(), gap="gap", group="family", seed=seed)
+    taus = correlate(good, list(MEASURES), gap="gap", group="family", seed=seed)
     files.append(folder / "correlation.csv")
     taus.to_csv(files[-1], index=False)
     progress("figures", 0, 3)
@@ -140,7 +151,7 @@ def _train(folder: Path, quick: bool, progress: Progress) -> list[Path]:
 def _score(
     checkpoints: list[Path], recipe_path: Path, seed: int, progress: Progress
 ) -> list[CheckpointScores]:
-    requests: list[MeasureRequest] = [(name, SETTINGS.get(name, {})) for name in _measures()]
+    requests: list[MeasureRequest] = list(MEASURES.items())
     count = 0
 
     def announce(path: Path, name: str) -> None:

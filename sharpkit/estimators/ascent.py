@@ -361,7 +361,10 @@ class _Search:
                 target = rho * steepest(here.slope, norm)
             else:
                 if length is None:  # as far as the ball goes
-                    length = 2 * rho / float(reduced.norm())
+                    size = float(reduced.norm())
+                    if size == 0:  # it stops all of the gradient: what is left is rounding
+                        return
+                    length = 2 * rho / size
                 target = torch.add(here.point, reduced, alpha=shorten * length)
                 target = project(target, rho, norm)
             met = self.evaluate(target)

@@ -16,7 +16,7 @@ class Scales:
 
     Attributes:
         value: The sum at these scales.
-        remaining: About how far the sum is above its infimum.
+        remaining: How far the sum is above its infimum, at most about.
         rows: ``[R]``: positive; 0 or inf where the best scale has no finite logarithm.
         columns: ``[C]``, likewise.
     """
@@ -88,7 +88,9 @@ def best_scales(
             remaining = 0.0
             break
         if gained < last < float("inf"):
-            remaining = gained * gained / (last - gained)  # as if each round gained by one rate
+            # One rate of gaining would leave a third of this, and half where no finite scales
+            # reach the infimum, as the rest then falls as slowly as 1/rounds.
+            remaining = 3 * gained * gained / (last - gained)
             if remaining <= tol * value:
                 break
         last = gained

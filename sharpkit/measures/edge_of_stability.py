@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from sharpkit.analysis import Analysis
 from sharpkit.errors import MeasureError, SettingsError
@@ -44,8 +45,8 @@ def edge_of_stability(
     for Adam, of whose preconditioned Hessian the eigenvalue then is. The first is
     :math:`\lambda_{\max}\eta/2`. Above 1 a step along the top eigenvector of a quadratic is
     answered by a larger one. Full-batch training tends to 1 and hovers there ("edge of
-    stability"); small batches stay below. Weight decay that the optimizer adds to the
-    gradient is no part of the measured loss, and a note says so. A diagnostic of training:
+    stability"); small batches stay below. The optimizer's weight decay is no part of the
+    measured loss, and a note says so. A diagnostic of training:
     it follows the learning rate, and does not predict generalization (Kaur et al. 2023).
 
     With Adam the symmetries of ``preconditioned_eigenvalue`` hold, otherwise those of
@@ -55,8 +56,10 @@ def edge_of_stability(
         analysis: What is measured; it needs ``optimizer`` (SGD, Adam or AdamW) unless
             ``learning_rate`` is given.
         learning_rate: eta of gradient descent, whatever the optimizer; None: the optimizer's.
-        momentum: beta, from 0 to less than 1; None: the optimizer's SGD momentum, or 0.
-        nesterov: Whether the momentum is Nesterov's; None: as the optimizer's, or not.
+        momentum: beta, from 0 to less than 1; None: the optimizer's SGD momentum, and 0 where
+            ``learning_rate`` is given.
+        nesterov: Whether the momentum is Nesterov's; None: as the optimizer's, and not where
+            ``learning_rate`` is given.
         tol: Relative error at which the pair has converged; at most 0.01.
         max_matvecs: Budget of Hessian-vector products.
 
@@ -89,7 +92,7 @@ def edge_of_stability(
         momentum = float(optimizer.setting("momentum")) if momentum is None else momentum
         nesterov = bool(optimizer.setting("nesterov")) if nesterov is None else nesterov
         dampening = float(optimizer.setting("dampening")) if momentum else 0.0
-        decay = max(float(g["weight_decay"]) for g in groups)
+        decay = _decay(groups)
         if decay:
             notes = (
                 f"The optimizer's weight decay of {decay:g} adds as much to every eigenvalue of"
@@ -132,7 +135,14 @@ def _of_adam(analysis: Analysis, tol: float, max_matvecs: int) -> Estimate:
     if "threshold" not in eigenvalue.details:
         raise MeasureError(eigenvalue.notes[-1])
     details = {"learning_rate": float(analysis.optimizer.setting("lr"))}
-    return _ratio(eigenvalue, float(eigenvalue.details["threshold"]), details, ())
+    decay = _decay(analysis.optimizer.groups)
+    note = (f"The optimizer's weight decay of {decay:g} pulls too; it is left out here.",)
+    threshold = float(eigenvalue.details["threshold"])
+    return _ratio(eigenvalue, threshold, details, note if decay else ())
+
+
+def _decay(groups: Sequence[Mapping[str, Any]]) -> float:
+    return max(float(g["weight_decay"]) for g in groups)
 
 
 def _ratio(

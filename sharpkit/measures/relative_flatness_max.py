@@ -94,10 +94,22 @@ def relative_flatness_max(
         error_kind="stderr" if sampled else "bound",
         converged=all(e.converged for e in estimates),
         cost=Cost(hvps=sum(e.cost.hvps for e in estimates)),
-        parts=tuple(Part(name, e.value, e.probe_error, e.converged) for name, e in found.items()),
+        parts=tuple(
+            Part(name, e.value, e.probe_error, e.converged, e.dof) for name, e in found.items()
+        ),
         details={"form": form, "num_layers": len(estimates)},
         notes=tuple(f"{name}: {note}" for name, e in found.items() for note in e.notes),
+        dof=_common_dof(estimates),
     )
+
+
+def _common_dof(estimates: list[Estimate]) -> float | None:
+    # Of the errors' root sum of squares, after Welch and Satterthwaite.
+    squares = [(e.probe_error or 0.0) ** 2 for e in estimates]
+    uncertain = math.fsum(
+        v * v / e.dof for v, e in zip(squares, estimates, strict=True) if e.dof is not None
+    )
+    return math.fsum(squares) ** 2 / uncertain if uncertain > 0 else None
 
 
 def _by_neurons(

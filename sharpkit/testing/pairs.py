@@ -314,7 +314,7 @@ def _attention_gl(draw: Draw) -> Element:
 
 
 def _key_bias_shift(draw: Draw) -> Element:
-    shift = draw.normal(2)
+    shift = 5 * draw.normal(2)
 
     def element(model: Any) -> None:
         model.attention.in_proj_bias[2:4] += shift
