@@ -108,8 +108,8 @@ class Balanced:
         notes = [
             f"Both Gram matrices were damped by {self.damping:g} of the largest singular value, "
             "in the balanced gauge: the function is unchanged, lengths along the weakest "
-            f"direction of the product are multiplied by {shrink:.3g} (inverse Gram metric) or divided by it "
-            "(crossed)."
+            f"direction of the product are multiplied by {shrink:.3g} (inverse Gram metric) "
+            "or divided by it (crossed)."
         ]
         lowest = int(self.rank.min())
         if lowest < h:
