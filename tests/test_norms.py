@@ -834,3 +834,27 @@ def test_margin_knows_how_much_large_logits_lose():
     gap = abs(e.value - measure(exact, "margin").value)
     assert gap > 0.1
     assert gap < e.probe_error
+
+
+def test_path_norm_with_a_tied_bias_before_a_batch_norm():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 3), nn.BatchNorm1d(3),
+        nn.ReLU(), nn.Linear(3, 2),
+    ).double()  # fmt: skip
+    model[3].bias = model[0].bias
+    with torch.no_grad():
+        for norm in (model[1], model[4]):
+            for t in (norm.weight, norm.bias, norm.running_mean):
+                t.normal_()
+    model.eval()
+    h = torch.ones(3).double()
+    for i in (0, 3):
+        norm = model[i + 1]
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        shift = scale * (model[i].bias - norm.running_mean) + norm.bias
+        h = (scale[:, None] * model[i].weight).square() @ h + shift.square()
+    truth = (model[6].weight.square() @ h + model[6].bias.square()).sum().item()
+    data = (torch.randn(8, 3).double(), torch.randint(2, (8,)))
+    o = sk.Objective(model, nn.CrossEntropyLoss(), data)
+    assert measure(o, "path_norm", squared=True).value == pytest.approx(truth, rel=1e-12)
