@@ -377,6 +377,15 @@ class Analysis:
         return self._once(("theta",), lambda: self.objective.theta)
 
     @property
+    def last_digits(self) -> Tensor:
+        """One unit of rounding of each parameter, up or down at random, ``[P]``."""
+        eps = torch.finfo(self.objective.model_dtype).eps
+        signs = torch.randint(
+            2, self.theta.shape, generator=self.generator("noise"), device=self.theta.device
+        )
+        return self.theta * (eps * (2 * signs - 1)).to(self.theta)
+
+    @property
     def noise(self) -> tuple[float, float]:
         """The rounding level of the loss and of the gradient (its norm), at theta.
 
@@ -387,11 +396,7 @@ class Analysis:
 
         def compute() -> tuple[float, float]:
             eps = torch.finfo(self.objective.model_dtype).eps
-            signs = torch.randint(
-                2, self.theta.shape, generator=self.generator("noise"), device=self.theta.device
-            )
-            last_digits = self.theta * (eps * (2 * signs - 1)).to(self.theta)
-            value, gradient = self.loss_and_gradient_at(last_digits)
+            value, gradient = self.loss_and_gradient_at(self.last_digits)
             g = self.gradient.double()
             change = float((gradient.double() - g).norm())
             steps = float((g * self.theta.double()).norm())

@@ -13,7 +13,7 @@ from test_measures import quadratic, random_quadratic, trust_region
 from torch import nn
 
 import sharpkit as sk
-from sharpkit.errors import MeasureError, ObjectiveError, SettingsError
+from sharpkit.errors import MeasureError, ObjectiveError, SettingsError, SharpkitWarning
 from sharpkit.estimators import maximize_in_ball, project, random_in_ball, steepest
 from sharpkit.geometry import scale_of
 from sharpkit.measures._andriushchenko import RHO_GRIDS, published_marks
@@ -796,3 +796,27 @@ def test_an_ascent_stopped_by_the_ball_ends_where_rounding_says_otherwise():
         generator=torch.Generator().manual_seed(0),
     )
     assert best.value == pytest.approx(13 * rho, rel=1e-5)
+
+
+def test_published_average_has_the_rounding_of_the_losses_in_its_error():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+    x, y = torch.randn(40, 6), torch.randint(3, (40,))
+    o = sk.Objective(model, nn.CrossEntropyLoss(), (x, y))
+    for seed in range(4):  # the rise is some 1e-12, the losses are rounded to 1e-7
+        (score,) = sk.score(
+            o, ["adaptive_sharpness_average:compat=andriushchenko2023,rho=1e-6"], seed=seed
+        )
+        assert abs(score.estimate.value) < 3 * score.estimate.probe_error
+
+
+def test_a_ball_too_large_for_squares():
+    o = sk.Objective(
+        nn.Linear(2, 1).double(), lambda z, t: (z * t).mean(),
+        (torch.eye(2).double(), torch.ones(2, 1).double()),
+    )  # fmt: skip
+    (score,) = sk.score(o, ["sam_sharpness:rho=1e200"])
+    gradient = o.gradient().norm().item()
+    assert score.estimate.value == pytest.approx(1e200 * gradient, rel=1e-9)
+    with pytest.warns(SharpkitWarning, match="`sigma`"):
+        sk.score(o, ["gaussian_smoothed_sharpness:sigma=0"])

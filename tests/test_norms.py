@@ -787,3 +787,74 @@ def test_sigma_of_networks_is_calibrated(kind, name):
     assert abs(z.mean()) < 0.45
     assert 0.8 < z.std() < 1.3
     assert inside >= 88
+
+
+# -- steep curves, shares and rounding ---------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [12, 20, 40])
+@pytest.mark.parametrize("unit", [0.011, 0.02, 0.77])
+def test_noise_level_of_a_steep_drop(power, unit):
+    found = level(
+        drop=lambda sigma, z: (sigma / unit) ** power * float(z.square().mean()) ** (power / 2),
+        target=1.0, num_pairs=8, largest=2.0, dim=200,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randn(200, generator=generator, dtype=torch.float64) for _ in range(8)]
+    mean = np.mean([float(z.square().mean()) ** (power / 2) for z in draws])
+    truth = unit * mean ** (-1 / power)
+    assert found.sigma == pytest.approx(truth, rel=6e-3)
+    assert abs(found.sigma - truth) < 0.5 * found.of(lambda s: s)[1]
+
+
+def test_a_drop_of_exactly_the_target_is_still_allowed():
+    # Margins -1, 0.1, 0.2, 0.5, ... and only the bias moves: two more of ten may be missed,
+    # and 3/10 - 1/10 is more than 0.2 by rounding.
+    model = nn.Linear(1, 1).double()
+    model.weight.data.fill_(1.0)
+    model.bias.data.zero_()
+    x = torch.tensor([-1, 0.1, 0.2, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2]).double()[:, None]
+    o = sk.Objective(model, nn.BCEWithLogitsLoss(), (x, torch.ones_like(x)), params="bias")
+    for target, alpha in ((0.2, 0.5), (0.1, 0.2)):
+        assert measure(o, "sharpness_flatness", target=target).details["alpha"] == pytest.approx(
+            alpha, rel=0.02
+        )
+    with pytest.raises(SettingsError, match="target"):
+        measure(o, "sharpness_flatness", target=math.nan)
+
+
+def test_margin_knows_how_much_large_logits_lose():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+    model[2].bias.data += 1000
+    x, y = torch.randn(37, 6), torch.randint(3, (37,))
+    model, x = model.bfloat16(), x.bfloat16()
+    exact = sk.Objective(model, nn.CrossEntropyLoss(), (x, y), dtype=torch.float64)
+    e = measure(sk.Objective(model, nn.CrossEntropyLoss(), (x, y)), "margin")
+    gap = abs(e.value - measure(exact, "margin").value)
+    assert gap > 0.1
+    assert gap < e.probe_error
+
+
+def test_path_norm_with_a_tied_bias_before_a_batch_norm():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 3), nn.BatchNorm1d(3),
+        nn.ReLU(), nn.Linear(3, 2),
+    ).double()  # fmt: skip
+    model[3].bias = model[0].bias
+    with torch.no_grad():
+        for norm in (model[1], model[4]):
+            for t in (norm.weight, norm.bias, norm.running_mean):
+                t.normal_()
+    model.eval()
+    h = torch.ones(3).double()
+    for i in (0, 3):
+        norm = model[i + 1]
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        shift = scale * (model[i].bias - norm.running_mean) + norm.bias
+        h = (scale[:, None] * model[i].weight).square() @ h + shift.square()
+    truth = (model[6].weight.square() @ h + model[6].bias.square()).sum().item()
+    data = (torch.randn(8, 3).double(), torch.randint(2, (8,)))
+    o = sk.Objective(model, nn.CrossEntropyLoss(), data)
+    assert measure(o, "path_norm", squared=True).value == pytest.approx(truth, rel=1e-12)

@@ -400,7 +400,7 @@ class _Search:
             stopped = (point.abs() >= rho * (1 - ON_THE_EDGE)) & (slope * point > 0)
             return slope.masked_fill(stopped, 0.0)
         if self.norm == "l2":
-            push = met.along / rho**2
+            push = met.along / rho / rho
             if push <= 0 or float(torch.linalg.vector_norm(point)) < rho * (1 - ON_THE_EDGE):
                 return slope
             return torch.add(slope, point, alpha=-push)

@@ -20,7 +20,8 @@ FEW = 2  # pairs that narrow the bracket down
 COARSE = 1.5  # ratio of the bracket's ends when all pairs join in
 NEAREST, FARTHEST = 0.02, 0.6  # log-distance of the points that the curve is drawn through
 APART = 4  # standard errors of log sigma between them, so that the slope is well known
-ROUNDS = 4  # times that the middle point is moved
+ROUNDS = 4  # times that the middle point is set
+CENTERING = 12  # points at most that look for the middle
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,8 @@ def noise_level(
     if bracket is None:
         return NoiseLevel(largest, (), False, (smallest, largest), curve.evaluations)
     low, high = bracket
-    points, slope = _points(curve, target, low, high)
+    points, slope, x = _points(curve, target, low, high)
     middle, width = points.middle, points.width
-    x = _root(points.values.mean(axis=1), width, target, slope)
     here = _parabola(points.values, width, x)  # the drop of each pair at the root
     count = len(here)
     # One slope for all: those of the means without a pair would scatter on their own.
@@ -200,18 +200,13 @@ class _Points:
     values: np.ndarray  # [3, num_pairs]: at middle - width, middle and middle + width
 
 
-def _points(curve: _Curve, target: float, low: float, high: float) -> tuple[_Points, float]:
-    # Three points around the root, as far apart as the standard error of log sigma asks for.
-    ends = [curve.mean(low), curve.mean(high)]
-    start, length = math.log(low), math.log(high / low)
-    if not all(map(math.isfinite, ends)):
-        middle, ends = start + length / 2, [0.0, target]  # overflows above: any slope will do
-    else:
-        middle = start + length * (target - ends[0]) / (ends[1] - ends[0])
-    slope = (ends[1] - ends[0]) / length
+def _points(curve: _Curve, target: float, low: float, high: float) -> tuple[_Points, float, float]:
+    # Three points around the root, as far apart as the standard error of log sigma asks for;
+    # the slope there, and how far the root is from the middle.
+    middle, slope, (left, right) = _centered(curve, target, low, high)
     for _ in range(ROUNDS):
         here = curve.rows(math.exp(middle))
-        scatter = float(here.std(ddof=1)) / math.sqrt(len(here)) if np.isfinite(here).all() else 0
+        scatter = _scatter(here)
         width = min(max(APART * scatter / slope, NEAREST), FARTHEST)
         values = np.stack(
             [curve.rows(math.exp(middle - width)), here, curve.rows(math.exp(middle + width))]
@@ -224,10 +219,44 @@ def _points(curve: _Curve, target: float, low: float, high: float) -> tuple[_Poi
         steep = float((values[2] - values[0]).mean()) / (2 * width)
         slope = steep if steep > 0 else slope
         x = _root(values.mean(axis=1), width, target, slope)
-        if abs(x) <= width:
+        too_far = APART * scatter / slope < width / 4 and width > NEAREST
+        if abs(x) <= width and not too_far:
             break
-        middle += max(-2 * width, min(2 * width, x))
-    return _Points(middle, width, values), slope
+        left, right = (left, middle) if here.mean() > target else (middle, right)
+        x = min(max(x, left - middle), right - middle)  # the root is between them
+        last = middle
+        middle = last + (0.0 if too_far else max(-2 * width, min(2 * width, x)))
+    else:
+        middle = last  # of which the values are
+    return _Points(middle, width, values), slope, x
+
+
+def _scatter(rows: np.ndarray) -> float:
+    return float(rows.std(ddof=1)) / math.sqrt(len(rows)) if np.isfinite(rows).all() else 0.0
+
+
+def _centered(
+    curve: _Curve, target: float, low: float, high: float
+) -> tuple[float, float, tuple[float, float]]:
+    # Where the mean is the target but for its scatter, the slope there, and the bracket, all
+    # by log sigma: the curve may be far from straight between the ends.
+    left, right = math.log(low), math.log(high)
+    below, above = curve.mean(low), curve.mean(high)
+    for round_ in range(CENTERING):
+        length, straight = right - left, math.isfinite(above - below)
+        slope = (above - below) / length if straight else target / length
+        middle = left + length / 2  # overflows above, or the interpolation has not done
+        if straight and round_ % 2 == 0:
+            middle = left + (target - below) / slope
+        rows = curve.rows(math.exp(middle))
+        mean = float(rows.mean())
+        if abs(mean - target) <= APART * _scatter(rows) or length <= NEAREST:
+            break
+        if mean > target:
+            right, above = middle, mean
+        else:
+            left, below = middle, mean
+    return middle, slope, (left, right)
 
 
 def _parabola(values: np.ndarray, width: float, x: float) -> np.ndarray:

@@ -109,15 +109,16 @@ def published_average(
     mean = mean_over_shards(
         analysis, of_batch, shard_size=shard_size, purpose=purpose, by_terms=False
     )
-    return _with_stderr(mean)
+    # The losses at theta are in every rise, so their rounding does not average out.
+    return _with_stderr(mean, analysis.rounding(analysis.value, analysis.value + mean.value))
 
 
-def _with_stderr(mean: Estimate) -> Estimate:
+def _with_stderr(mean: Estimate, rounding: float) -> Estimate:
     # Batches have draws of their own: their variances, not their errors, add up.
     count = mean.details["num_shards"]
     return Estimate(
         value=mean.value,
-        probe_error=math.sqrt((mean.probe_error or 0.0) / count),
+        probe_error=math.hypot(math.sqrt((mean.probe_error or 0.0) / count), rounding),
         error_kind="stderr",
         data_error=mean.data_error,
         cost=mean.cost,

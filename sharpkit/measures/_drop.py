@@ -126,13 +126,17 @@ def alpha_of(
     For the loss, the ascents climb the loss; for the accuracy, the margins of as many labels
     as must be missed for a drop beyond the target.
     """
+    check_positive("target", target)
     fall = dropped(analysis, drop)
     theta = analysis.theta
     scale = theta.abs() if magnitude else torch.ones_like(theta)
-    missing = 0
+    missing, allowed = 0, target
     if drop == "accuracy":
-        labels = len(analysis.objective.margins()[0])
-        missing = min(math.floor((target + analysis.error_rate) * labels + SLACK) + 1, labels)
+        labels, before = len(analysis.objective.margins()[0]), analysis.error_rate
+        beyond = math.floor((target + before) * labels + SLACK) + 1
+        missing = min(beyond, labels)
+        # Half a label below, as differences of shares are rounded.
+        allowed = (beyond - 0.5) / labels - before
 
     def function(z: Tensor) -> tuple[float, Tensor, float]:
         there = analysis.objective.at(theta + scale * z)
@@ -147,7 +151,7 @@ def alpha_of(
         return worst_radius(
             function,
             lambda z: fall(scale * z),
-            target=target,
+            target=allowed,
             start_value=value,
             start_gradient=gradient,
             norm="linf",

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from sharpkit.analysis import Analysis
+from sharpkit.estimators.protocol import check_positive
 from sharpkit.measures._average import mean_rise
 from sharpkit.measures.registry import register
 from sharpkit.results import Estimate, Part
@@ -38,6 +39,7 @@ def gaussian_smoothed_sharpness(
         num_pairs: Pairs of perturbed losses. With few the standard error comes out small where
             few directions are curved (by some 20% with 10), as the rises are skewed.
     """
+    check_positive("sigma", sigma)
     rise = mean_rise(
         analysis,
         torch.ones_like(analysis.theta),

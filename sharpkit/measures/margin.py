@@ -12,13 +12,14 @@ from sharpkit.measures.registry import register
 from sharpkit.results import Cost, Estimate
 
 ROUNDING = 100  # a logit is a chain of sums: some eps of its size are lost
+SAFETY = 6.0  # one random change of the last digits may be smaller than the rounding itself
 
 
 @register(
     "margin",
     symbol="z_y - max_{j != y} z_j at 10%",
     reference="Jiang et al. 2020, arXiv:1912.02178; Bartlett et al. 2017, arXiv:1706.08498",
-    cost="1 forward",
+    cost="2 forwards",
     invariant_to={
         "permutation",
         "orthogonal",
@@ -56,15 +57,18 @@ def margin(analysis: Analysis, *, percentile: float = 10.0) -> Estimate:
     value = float(np.quantile(x, percentile / 100))
     eps = torch.finfo(analysis.objective.model_dtype).eps
     near = float(np.median(np.abs(x)))
+    # Logits far larger than their differences lose more: seen by moving the last digits.
+    moved, _ = analysis.objective.at(analysis.theta + analysis.last_digits).margins()
+    lost = SAFETY * abs(float(np.quantile(moved.numpy(), percentile / 100)) - value)
     data = None
     if analysis.num_groups:
         data = _data_error(x, examples.numpy(), percentile / 100, value)
     return Estimate(
         value=value,
-        probe_error=ROUNDING * eps * max(near, abs(value)),
+        probe_error=max(ROUNDING * eps * max(near, abs(value)), lost),
         error_kind="rounding",
         data_error=data,
-        cost=Cost(forwards=1),
+        cost=Cost(forwards=2),
         details={"num_labels": len(x), "error_rate": float(1 - np.mean(x > 0))},
     )
 

@@ -254,7 +254,7 @@ def path_sum(evaluator: Evaluator, theta: Named) -> float:
         squares = _squares(model, values)
         leaves = {n: t.requires_grad_() for n, t in squares.items()}
         ones = torch.ones_like(x[:1], requires_grad=True)
-        out = _run(double, leaves, ones, _squared_norms(values), 1.0)
+        out = _run(double, leaves, ones, _squared_norms(_by_every_name(model, values)), 1.0)
         total = out.sum()
         slopes: list[Tensor] = []
         if total.requires_grad:
@@ -337,6 +337,13 @@ def _squares(model: nn.Module, values: Named) -> Named:
         for part, _ in module.named_parameters(recurse=False)
     }
     return {n: t.clone() if n in kept else t.square() for n, t in values.items()}
+
+
+def _by_every_name(model: nn.Module, values: Named) -> Named:
+    # A tied parameter is among the values by its first name only.
+    first: dict[int, str] = {}
+    everyone = model.named_parameters(remove_duplicate=False)
+    return {n: values[first.setdefault(id(p), n)] for n, p in everyone}
 
 
 def _squared_norms(values: Named) -> Hook:
