@@ -373,6 +373,29 @@ def test_true_fisher_averages_over_the_models_own_labels():
         assert (e.data_error is None) == (groups == 0)
 
 
+@pytest.mark.parametrize("offset", [0.0, 300.0, 1000.0])
+def test_true_fisher_rao_knows_what_logits_lose_to_a_common_offset(offset):
+    covered = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4))
+        with torch.no_grad():
+            model[2].bias += offset
+        x, y = torch.randn(30, 5), torch.randint(4, (30,))
+        single, double = (
+            measure(
+                sk.Objective(model, nn.CrossEntropyLoss(), (x, y), dtype=t),
+                "fisher_rao_norm",
+                fisher="true",
+            )
+            for t in (torch.float32, torch.float64)
+        )
+        covered.append(abs(single.value - double.value) / single.probe_error)
+    assert max(covered) < 1
+    if not offset:
+        assert single.probe_error < 1e-3 * single.value
+
+
 def test_fisher_rao_of_a_homogeneous_network_is_a_closed_form():
     """Liang et al. 2019: without biases theta . grad = depth <dl/df, f>."""
     model = seeded(lambda: nn.Sequential(
