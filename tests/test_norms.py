@@ -339,7 +339,9 @@ def test_fisher_rao_is_that_of_example_gradients(build):
     assert e.value == pytest.approx(q.mean().item(), rel=1e-11)
     assert e.data_error == pytest.approx((q.std() / len(q) ** 0.5).item(), rel=1e-9)
     v = normal(o.space.dim, seed=4)
-    assert torch.allclose(o.example_slopes(v), rows @ v, rtol=1e-10)
+    slopes, sizes = o.example_slopes(v)
+    assert torch.allclose(slopes, rows @ v, rtol=1e-10)
+    assert bool((sizes >= slopes.abs() * (1 - 1e-12)).all())
     with pytest.raises(ShapeError):
         o.example_slopes(v[1:])
 
@@ -373,8 +375,9 @@ def test_true_fisher_averages_over_the_models_own_labels():
         assert (e.data_error is None) == (groups == 0)
 
 
+@pytest.mark.parametrize("fisher", ["empirical", "true"])
 @pytest.mark.parametrize("offset", [0.0, 300.0, 1000.0])
-def test_true_fisher_rao_knows_what_logits_lose_to_a_common_offset(offset):
+def test_fisher_rao_knows_what_logits_lose_to_a_common_offset(fisher, offset):
     covered = []
     for seed in range(6):
         torch.manual_seed(seed)
@@ -386,7 +389,7 @@ def test_true_fisher_rao_knows_what_logits_lose_to_a_common_offset(offset):
             measure(
                 sk.Objective(model, nn.CrossEntropyLoss(), (x, y), dtype=t),
                 "fisher_rao_norm",
-                fisher="true",
+                fisher=fisher,
             )
             for t in (torch.float32, torch.float64)
         )

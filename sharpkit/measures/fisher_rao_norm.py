@@ -14,6 +14,7 @@ from sharpkit.results import Cost, Estimate
 
 MOST_DRAWS = 1024  # groups of the data that are kept
 ROUNDING = 100  # a slope is a chain of sums: some eps of its size are lost
+SLOPE = 4  # eps that each slope loses of its size
 SAFETY = 6.0  # one random change of the last digits may be smaller than the rounding itself
 MODELS = (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss)
 MODEL_FUNCTIONS = (F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits)
@@ -51,8 +52,7 @@ def fisher_rao_norm(
     predicts, which gives :math:`\theta^\top G\,\theta` with the Gauss-Newton matrix. The square,
     as published; take the root for a length. Every linear symmetry of the network carries
     theta with it and leaves the norm as it is. It vanishes with the loss: after training to zero
-    loss, the empirical norm is that of a few examples. In single precision its stated rounding is
-    some 5 times too small where all logits share an offset of 1000.
+    loss, the empirical norm is that of a few examples.
 
     Args:
         analysis: What is measured.
@@ -62,14 +62,16 @@ def fisher_rao_norm(
     if fisher == "true":
         return _true(analysis)
     objective, before = analysis.objective, analysis.objective.cost
-    squares = objective.example_slopes(analysis.theta).square()
-    eps = torch.finfo(objective.model_dtype).eps
+    slopes, sizes = objective.example_slopes(analysis.theta)
+    squares, eps = slopes.square(), torch.finfo(objective.model_dtype).eps
+    lost = SLOPE * eps * sizes  # large where logits are, whatever their differences
+    cancelled = float((lost * (2 * slopes.abs() + lost)).mean())
     data = _by_groups(squares) if analysis.num_groups else None
     spent = objective.cost - before
     value = float(squares.mean())
     return Estimate(
         value=value,
-        probe_error=ROUNDING * eps * value,
+        probe_error=max(ROUNDING * eps * value, cancelled),
         error_kind="rounding",
         data_error=data[0] if data else None,
         data_draws=data[1] if data else (),

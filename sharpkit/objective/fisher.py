@@ -130,8 +130,9 @@ def empirical(
 def example_slopes(
     evaluator: Evaluator, theta: Named, through_outputs: OutputProducts, v: Tensor
 ) -> tuple[Tensor, bool]:
-    """Return ``v . g_n`` of each example, ``[N]`` in float64, and whether they took turns.
+    """Return ``v . g_n`` of each example and its size, ``[2, N]``, and whether they took turns.
 
+    The size is the sum of the magnitudes whose sum the slope is: it sets what is rounded.
     One product ``J v`` a batch where outputs have a row for each example; otherwise one
     backward pass an example.
 
@@ -147,8 +148,13 @@ def example_slopes(
         except _NotByRows:
             through_outputs.by_rows = False
     slopes: list[Tensor] = []
-    each_gradient(evaluator, theta, v.dtype, lambda g: slopes.append(g.double() @ v.double()))
-    return torch.stack(slopes).cpu(), True
+
+    def add(g: Tensor) -> None:
+        dots = g.double() * v.double()
+        slopes.append(torch.stack([dots.sum(), dots.abs().sum()]))
+
+    each_gradient(evaluator, theta, v.dtype, add)
+    return torch.stack(slopes, dim=1).cpu(), True
 
 
 def _slopes_by_rows(evaluator: Evaluator, theta: Named, v: Tensor) -> Tensor:
@@ -161,15 +167,16 @@ def _slopes_by_rows(evaluator: Evaluator, theta: Named, v: Tensor) -> Tensor:
             raise _NotByRows
         r = _example_slope(evaluator, piece)
         if piece.push is None or r is None:
-            return torch.zeros(len(piece.outputs), dtype=torch.float64, device="cpu")
+            return torch.zeros(2, len(piece.outputs), dtype=torch.float64, device="cpu")
         dots = r.double() * piece.push(vector).double()
-        return dots.reshape(len(dots), -1).sum(dim=1).cpu()
+        dots = dots.reshape(len(dots), -1)
+        return torch.stack([dots.sum(dim=1), dots.abs().sum(dim=1)]).cpu()
 
     def add(row: Tensor) -> None:
         found.append(row)
 
     evaluator.each(one, add, grad=True, theta=theta)
-    return torch.cat(found)
+    return torch.cat(found, dim=1)
 
 
 def _example_slope(evaluator: Evaluator, piece: Piece) -> Tensor | None:

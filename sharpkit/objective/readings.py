@@ -135,9 +135,11 @@ class Readings:
         return self._evaluator.additive
 
     @torch.inference_mode(False)
-    def example_slopes(self, v: Tensor) -> Tensor:
-        r"""Return :math:`v^\top g_n` of each example's gradient, ``[N]`` in float64.
+    def example_slopes(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return :math:`v^\top g_n` of each example's gradient and its size, each ``[N]``.
 
+        In float64. The size is the sum of the magnitudes whose sum the slope is, over outputs
+        or over parameters: times eps it is what rounding takes.
         At the price of one curvature product where outputs have a row for each example,
         otherwise of one backward pass an example.
 
@@ -153,7 +155,7 @@ class Readings:
         self._shared.hvps += 1
         slopes, looped = fisher.example_slopes(self._evaluator, self._leaves, self._through, v)
         self._shared.gradients += looped
-        return slopes
+        return slopes[0], slopes[1]
 
     @torch.inference_mode(False)
     def each_group_gradient(self, size: int, consume: Callable[[Tensor, int], None]) -> None:
