@@ -14,6 +14,7 @@ __all__ = [
     "ShapeError",
     "SharpkitError",
     "SharpkitWarning",
+    "StoreError",
     "UnknownMeasureError",
 ]
 
@@ -55,6 +56,10 @@ class CheckpointError(SharpkitError):
 
 class RecipeError(SharpkitError):
     """A recipe file does not say how to build the model, the loss and the data."""
+
+
+class StoreError(SharpkitError):
+    """A study's file cannot be read or written, or is none."""
 
 
 class SharpkitWarning(UserWarning):

@@ -27,13 +27,14 @@ __all__ = [
     "Scores",
     "Spectrum",
     "format_value",
+    "to_plain",
 ]
 
 ErrorKind: TypeAlias = Literal["stderr", "bound", "lower_bound", "rounding"]
 
 
-def _plain(value: Any) -> Any:
-    # JSON has no NaN and no infinity: the first becomes null, the second a string.
+def to_plain(value: Any) -> Any:
+    """Return what JSON can hold: NaN becomes None, infinity a string, an array a list."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, numbers.Integral):
@@ -44,12 +45,25 @@ def _plain(value: Any) -> Any:
             return None
         return value if math.isfinite(value) else ("inf" if value > 0 else "-inf")
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(v) for v in value]
+        return [to_plain(v) for v in value]
     if hasattr(value, "tolist"):  # arrays, tensors and their scalars
-        return _plain(value.tolist())
+        return to_plain(value.tolist())
     return str(value)
+
+
+_BEYOND = {"inf": math.inf, "-inf": -math.inf}
+
+
+def _restored(plain: Mapping[str, Any]) -> dict[str, Any]:
+    # The fields of an estimate or a part, with the numbers that JSON does not have.
+    given = dict(plain)
+    for name in {"value", "probe_error", "data_error", "dof"} & given.keys():
+        given[name] = _BEYOND.get(given[name], given[name])
+    if given["value"] is None:
+        given["value"] = math.nan
+    return given
 
 
 def _number(value: Any) -> float | None:
@@ -202,8 +216,23 @@ class Estimate:
             "details": dict(self.details),
             "notes": list(self.notes),
         }
-        result: dict[str, Any] = _plain(plain)
+        result: dict[str, Any] = to_plain(plain)
         return result
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Estimate:
+        """Return the estimate that :meth:`to_dict` described; draws are not kept there.
+
+        Example:
+            >>> estimate = Estimate(2.0, 0.1, "stderr", parts=(Part("first", math.inf, None),))
+            >>> Estimate.from_dict(estimate.to_dict()) == estimate
+            True
+        """
+        given = _restored(plain)
+        given["cost"] = Cost(**given["cost"])
+        given["parts"] = tuple(Part(**_restored(part)) for part in given["parts"])
+        given["notes"] = tuple(given["notes"])
+        return cls(**given)
 
 
 def _quantile(level: float, dof: float | None) -> float:
@@ -268,7 +297,7 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        result: dict[str, Any] = _plain(
+        result: dict[str, Any] = to_plain(
             {
                 "measure": self.measure,
                 "estimate": self.estimate.to_dict() if self.estimate else None,
@@ -279,6 +308,12 @@ class Score:
             }
         )
         return result
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Score:
+        """Return the score that :meth:`to_dict` described."""
+        held = plain["estimate"]
+        return cls(**{**plain, "estimate": None if held is None else Estimate.from_dict(held)})
 
 
 @dataclass(frozen=True)
@@ -340,7 +375,7 @@ class Scores(Sequence[Score]):
                 "gradients": e.cost.gradients if e else 0,
                 "forwards": e.cost.forwards if e else 0,
                 "seconds": e.cost.seconds if e else 0.0,
-                "settings": json.dumps(_plain(dict(s.settings))),
+                "settings": json.dumps(to_plain(dict(s.settings))),
                 "seed": s.seed,
                 "error": s.error,
             }
@@ -380,7 +415,7 @@ class Curve:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; NaN becomes None."""
-        result: dict[str, Any] = _plain(dict(vars(self)))
+        result: dict[str, Any] = to_plain(dict(vars(self)))
         return result
 
 

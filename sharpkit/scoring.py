@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,29 @@ from sharpkit.errors import MeasureError, SettingsError, SharpkitError, Sharpkit
 from sharpkit.geometry.canonical import canonical_form
 from sharpkit.objective import Objective
 from sharpkit.objective.states import state_of
-from sharpkit.results import Cost, Score, Scores
+from sharpkit.results import Cost, Score, Scores, to_plain
 
-__all__ = ["ALL", "MeasureRequest", "measure_all", "parse_request", "score"]
+__all__ = [
+    "ALL",
+    "MeasureRequest",
+    "Prepared",
+    "Request",
+    "Requests",
+    "listed",
+    "measure_all",
+    "parse_request",
+    "parse_requests",
+    "prepare",
+    "score",
+]
 
 ALL = "all"
 
 MeasureRequest: TypeAlias = str | tuple[str, Mapping[str, Any]]
 """``"name"``, ``"name:key=value,key=value"``, or ``("name", {"key": value})``."""
+
+Request: TypeAlias = tuple[measures.Measure, dict[str, Any]]
+"""A measure and its complete settings."""
 
 
 def parse_request(request: MeasureRequest) -> tuple[measures.Measure, dict[str, Any]]:
@@ -121,54 +137,139 @@ def score(
         >>> [round(float(s.estimate), 4) for s in scores]
         [2.0, 1.0]
     """
+    requests = parse_requests(names)
+    prepared = prepare(
+        objective,
+        seed=seed,
+        max_basis=max_basis,
+        num_groups=num_groups,
+        initial=initial,
+        optimizer=optimizer,
+        canonical=canonical,
+        provenance=provenance,
+    )
+    return measure_all(
+        prepared.analysis,
+        prepared.resolve(requests),
+        provenance=prepared.provenance,
+        progress=progress,
+        on_score=on_score,
+    )
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What was asked for, checked.
+
+    Attributes:
+        parsed: Measures with their complete settings.
+        others: Which measures beside these: ``"none"``, ``"usual"`` (all whose needs are met
+            but the dear ones) or ``"all"``.
+    """
+
+    parsed: tuple[Request, ...]
+    others: Literal["none", "usual", "all"]
+
+    @property
+    def text(self) -> str:
+        """The same requests give the same text."""
+        named = [[m.name, to_plain(dict(s))] for m, s in self.parsed]
+        return json.dumps([self.others, *named], sort_keys=True)
+
+
+def listed(
+    names: MeasureRequest | Iterable[MeasureRequest] | None,
+) -> tuple[MeasureRequest, ...] | None:
+    """Return one or several requests as a tuple; None stays None.
+
+    Raises:
+        SettingsError: If they are none.
+    """
+    if names is None:
+        return None
+    if isinstance(names, str) or (
+        isinstance(names, tuple) and len(names) == 2 and isinstance(names[1], Mapping)
+    ):
+        return (names,)
+    try:
+        return tuple(names)
+    except TypeError:
+        raise SettingsError(
+            f"Expected names of measures. Got {names!r}. Write for example"
+            " ['hessian_trace', 'top_eigenvalues:k=1']."
+        ) from None
+
+
+def parse_requests(names: MeasureRequest | Iterable[MeasureRequest] | None) -> Requests:
+    """Return the measures that are asked for; see :func:`score`.
+
+    Raises:
+        UnknownMeasureError: If there is no measure of a name.
+        SettingsError: If a setting is unknown or cannot be read.
+    """
+    requests = listed(names)
+    if requests is None:
+        return Requests((), "usual")
+    parsed = tuple(parse_request(request) for request in requests if request != ALL)
+    return Requests(parsed, "all" if ALL in requests else "none")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An analysis of an objective, and what its scores say of their origin."""
+
+    analysis: Analysis
+    provenance: Mapping[str, Any]
+    withheld: Mapping[str, str]
+
+    def resolve(self, requests: Requests) -> list[Request]:
+        """Return the measures to take, in order; see :func:`score`."""
+        chosen = list(requests.parsed)
+        if requests.others == "none":
+            return chosen
+        asked = {m.name for m, _ in chosen}
+        candidates = [
+            m
+            for m in map(measures.get, measures.names())
+            if m.name not in asked and (requests.others == "all" or not m.dear)
+        ]
+        chosen += [
+            (m, dict(m.settings)) for m in candidates if all(map(self.analysis.meets, m.needs))
+        ]
+        for need, reason in self.withheld.items():
+            lost = [m.name for m in candidates if need in m.needs]
+            if lost:
+                text = f"Left out: {', '.join(lost)}. {reason}"
+                warnings.warn(text, SharpkitWarning, stacklevel=3)
+        return chosen
+
+
+def prepare(
+    objective: Objective,
+    *,
+    seed: int = 0,
+    max_basis: int | None = None,
+    num_groups: int = 8,
+    initial: nn.Module | Mapping[str, Tensor] | Tensor | None = None,
+    optimizer: object = None,
+    canonical: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+) -> Prepared:
+    """Return an analysis ready to be measured; the arguments are those of :func:`score`."""
     if not isinstance(objective, Objective):
         raise SettingsError(
             f"Expected an Objective. Got {type(objective).__name__}. Write"
             " sharpkit.score(sharpkit.Objective(model, loss, data), ...)."
         )
-    if names is None:
-        requests: list[MeasureRequest] = []
-    elif isinstance(names, str) or (
-        isinstance(names, tuple) and len(names) == 2 and isinstance(names[1], Mapping)
-    ):
-        requests = [names]
-    else:
-        try:
-            requests = list(names)
-        except TypeError:
-            raise SettingsError(
-                f"Expected names of measures. Got {names!r}. Write for example"
-                " ['hessian_trace', 'top_eigenvalues:k=1']."
-            ) from None
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise SettingsError(f"Expected `seed` to be a whole number. Got {seed!r}.")
-    parsed = [parse_request(request) for request in requests if request != ALL]
     beside: dict[str, Any] = {"initial": initial, "optimizer": optimizer}
     if canonical:
         objective, beside, done = _canonical(objective, initial, optimizer)
         provenance = {**(provenance or {}), "canonical": done}
     analysis = Analysis(objective, seed=seed, max_basis=max_basis, num_groups=num_groups, **beside)
-    if names is None or ALL in requests:
-        asked = {m.name for m, _ in parsed}
-        parsed += [
-            (m, dict(m.settings))
-            for m in map(measures.get, measures.names())
-            if m.name not in asked
-            and (names is not None or not m.dear)
-            and all(map(analysis.meets, m.needs))
-        ]
-        for need, reason in beside.get("withheld", {}).items():
-            lost = [
-                m.name
-                for m in map(measures.get, measures.names())
-                if need in m.needs and m.name not in asked and (names is not None or not m.dear)
-            ]
-            if lost:
-                text = f"Left out: {', '.join(lost)}. {reason}"
-                warnings.warn(text, SharpkitWarning, stacklevel=2)
-    return measure_all(
-        analysis, parsed, provenance=provenance, progress=progress, on_score=on_score
-    )
+    origin = {**_provenance(objective), **(provenance or {})}
+    return Prepared(analysis, origin, beside.get("withheld", {}))
 
 
 def _canonical(
@@ -204,7 +305,7 @@ def measure_all(
     on_score: Callable[[Score], None] | None = None,
 ) -> Scores:
     """Return the scores of parsed requests; see :func:`score`."""
-    origin = {**_provenance(analysis.objective), **(provenance or {})}
+    origin = dict(provenance) if provenance is not None else _provenance(analysis.objective)
     scores = []
     for measure, settings in parsed:
         if progress:

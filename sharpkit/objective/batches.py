@@ -35,6 +35,7 @@ __all__ = [
     "shared_paths",
     "split",
     "strided",
+    "tensor_bytes",
 ]
 
 DATASET_BATCH_SIZE = 256  # for a bare map-style Dataset, which has no batches of its own
@@ -347,6 +348,11 @@ def _content(tensor: Tensor) -> tuple[bytes, Tensor]:
     rows = flat.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
     kind = f"{tensor.dtype}{tuple(tensor.shape[1:])}".encode()
     return kind, rows.view(torch.uint8) if rows.numel() else rows.new_zeros(0, 0).byte()
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """Return the contents of a tensor, in the order of its indices."""
+    return _content(tensor)[1].numpy().tobytes()
 
 
 def fingerprint(batch: Any) -> int:

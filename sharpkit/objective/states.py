@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import math
 import weakref
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ __all__ = [
     "Reference",
     "State",
     "deviation",
+    "state_hash",
     "state_of",
     "trace",
     "with_all_parameters",
@@ -47,9 +49,22 @@ State: TypeAlias = Mapping[str, Tensor]
 
 def state_of(objective: Objective) -> dict[str, Tensor]:
     """Return the parameters (selected and fixed) and buffers, in float64 where floating."""
-    evaluator = objective._evaluator
-    held = {**evaluator.fixed, **evaluator.buffers, **objective._leaves}
+    held = _held(objective)
     return {n: t.detach().double() if t.is_floating_point() else t for n, t in held.items()}
+
+
+def _held(objective: Objective) -> dict[str, Tensor]:
+    evaluator = objective._evaluator
+    return {**evaluator.fixed, **evaluator.buffers, **objective._leaves}
+
+
+def state_hash(objective: Objective) -> str:
+    """Return a SHA-256 of names, dtypes, shapes and contents of parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_held(objective).items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(trees.tensor_bytes(tensor))
+    return digest.hexdigest()
 
 
 def with_state(objective: Objective, state: State) -> Objective:

@@ -1,0 +1,79 @@
+"""A hash of a recipe's code: its own text and that of the neighbours that it imports."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["source_hash"]
+
+IGNORED = "metadata"  # says nothing of what is measured
+
+
+def source_hash(path: Path) -> str:
+    """Return a hash of a recipe file and of the modules of its folder that it imports.
+
+    Imports are followed through the code, also inside functions, as far as they lead to files
+    of the recipe's folder; installed packages do not count, nor do imports by computed names.
+    The text of the top-level function ``metadata`` of the recipe does not count either, so
+    that what is known of a checkpoint can be corrected without measuring it again.
+
+    Args:
+        path: The recipe.
+    """
+    root = path.resolve().parent
+    digest = hashlib.sha256()
+    waiting, seen = [path.resolve()], set()
+    while waiting:
+        file = waiting.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        text = file.read_text(encoding="utf-8", errors="replace")
+        try:
+            tree = ast.parse(text)
+        except SyntaxError:  # a neighbour that cannot have been imported
+            tree = ast.Module([], [])
+        if file == path.resolve():
+            text = _without(tree, text)
+            name = ""  # a recipe that was renamed is the same recipe
+        else:
+            name = os.path.relpath(file, root)
+        digest.update(f"{name}\0{len(text)}\0{text}".encode())
+        waiting += sorted(set(_neighbours(tree, file, root)), reverse=True)
+    return digest.hexdigest()
+
+
+def _without(tree: ast.Module, text: str) -> str:
+    lines = text.splitlines(keepends=True)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == IGNORED:
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            last = node.end_lineno or first
+            lines[first - 1 : last] = [""] * (last - first + 1)
+    return "".join(lines)
+
+
+def _neighbours(tree: ast.Module, file: Path, root: Path) -> Iterator[Path]:
+    # The files in the folder that the code of `file` imports.
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield from _files(root, alias.name.split("."))
+        elif isinstance(node, ast.ImportFrom):
+            base = file.parents[node.level - 1] if node.level else root
+            pieces = node.module.split(".") if node.module else []
+            yield from _files(base, pieces)
+            for alias in node.names:
+                yield from _files(base, [*pieces, alias.name])
+
+
+def _files(base: Path, pieces: list[str]) -> Iterator[Path]:
+    for piece in pieces:
+        for file in (base / f"{piece}.py", base / piece / "__init__.py"):
+            if file.is_file():
+                yield file.resolve()
+        base = base / piece
