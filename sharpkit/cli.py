@@ -31,12 +31,15 @@ from rich.text import Text
 from sharpkit import __version__, measures
 from sharpkit.auditing import audit as audit_objective
 from sharpkit.cli_audit import report
+from sharpkit.cli_study import export_study, score_into_study
 from sharpkit.cli_tables import describe, frame_table, print_measure, print_result
 from sharpkit.errors import SettingsError, SharpkitError, SharpkitWarning
+from sharpkit.results import Scores
 from sharpkit.scoring import ALL, parse_request
 from sharpkit.study.catalogue import catalogue_markdown
 from sharpkit.study.checkpoints import find_checkpoints
 from sharpkit.study.doctor import examine
+from sharpkit.study.identity import Options
 from sharpkit.study.recipe import load_recipe
 from sharpkit.study.runner import CheckpointScores, score_checkpoints
 
@@ -148,16 +151,65 @@ def score(
         bool,
         typer.Option("--canonical", help="Balance attention heads and other factors first."),
     ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Study to score into: only what is missing there."),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes; needs -o.")] = 1,
+    threads: Annotated[
+        int, typer.Option(help="Threads of torch in each process of a study; 0: torch's choice.")
+    ] = 1,
+    engine: Annotated[str, typer.Option(help="Where workers run: local or ray.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster; default: Ray on this machine.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Measure again what failed in the study.")
+    ] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     params: ParamsOption = None,
     trust_pickle: TrustOption = False,
 ) -> None:
-    """Score checkpoints: every measure with its error, one table a checkpoint."""
+    """Score checkpoints: every measure with its error.
+
+    Prints one table a checkpoint. With -o the scores go into a study, each as soon as it is
+    measured; the same command again, also after an interrupt, measures only what is missing.
+    The recipe is your own code and runs as such.
+    """
     requests = measure or None  # None: those whose needs are met, without the dear ones
     for request in requests or ():
         if request != ALL:
             parse_request(request)  # refuse before anything is computed
+    if output is not None:
+        _score_into_study(
+            output,
+            find_checkpoints(checkpoints),
+            recipe,
+            requests,
+            Options(
+                dtype=dtype if _dtype(dtype) else None,
+                device=_device(device),
+                params=tuple(params) if params else None,
+                max_basis=max_basis,
+                num_groups=groups,
+                canonical=canonical,
+                seed=seed,
+                trust_pickle=trust_pickle,
+            ),
+            as_json=as_json,
+            parts=parts,
+            workers=workers,
+            threads=threads,
+            engine=engine,
+            address=address,
+            retry_failed=retry_failed,
+        )
+        return
+    if workers != 1 or engine != "local" or retry_failed:
+        raise SettingsError(
+            "Expected a study for --workers, --engine and --retry-failed. Add -o STUDY.db."
+        )
     some = requests is not None and ALL not in requests
     count = len(requests or ()) if some else len(measures.names())
     loaded = load_recipe(recipe)
@@ -217,6 +269,55 @@ def score(
             style="red",
         )
     _leave(SOME_FAILED if bad else OK)
+
+
+def _score_into_study(
+    path: Path,
+    files: list[Path],
+    recipe: Path,
+    requests: list[str] | None,
+    options: Options,
+    *,
+    as_json: bool,
+    parts: bool,
+    **how: Any,
+) -> None:
+    out = _stdout()
+
+    def show(checkpoint: Path, scores: Scores, error: str | None) -> None:
+        print_result(out, CheckpointScores(checkpoint, scores, {}, error), parts)
+
+    try:
+        bad = score_into_study(
+            path,
+            files,
+            recipe,
+            requests,
+            options,
+            as_json=as_json,
+            out=out,
+            log=_stderr(),
+            show=show,
+            **how,
+        )
+    except KeyboardInterrupt:
+        _stderr().print(f"interrupted: what was measured is in {path}; go on with the same command")
+        _leave(INTERRUPTED)
+    _leave(SOME_FAILED if bad else OK)
+
+
+@app.command(name="export")
+def export_command(
+    study: Annotated[Path, typer.Argument(help="File that sharpkit score -o wrote.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Name ending in .csv, .parquet or .json.")
+    ] = None,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="One row a checkpoint instead of one a score.")
+    ] = False,
+) -> None:
+    """Write a study as a table: CSV to stdout, or a file."""
+    export_study(study, output, wide=wide, out=_stdout())
 
 
 def _progress() -> Progress:

@@ -13,7 +13,7 @@ from sharpkit.errors import SharpkitError
 from sharpkit.objective import Objective
 from sharpkit.operators import hessian
 
-__all__ = ["Finding", "examine"]
+__all__ = ["Finding", "examine", "shown_bytes", "shown_duration", "timed"]
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def examine(objective: Objective, *, seed: int = 0) -> list[Finding]:
         objective: What is examined.
         seed: Of the random directions.
     """
-    loss, forward = _timed(lambda: float(objective.value()))
+    loss, forward = timed(lambda: float(objective.value()))
     findings = [
         Finding(
             "objective",
@@ -57,7 +57,7 @@ def examine(objective: Objective, *, seed: int = 0) -> list[Finding]:
         ),
         Finding("loss", True, f"{loss:.6g}"),
     ]
-    gradient, backward = _timed(objective.gradient)
+    gradient, backward = timed(objective.gradient)
     size = float(gradient.norm())
     findings.append(Finding("gradient", bool(torch.isfinite(gradient).all()), f"norm {size:.4g}"))
     findings.append(_gradient_by_differences(objective, gradient))
@@ -73,19 +73,19 @@ def examine(objective: Objective, *, seed: int = 0) -> list[Finding]:
     findings.append(Finding("Hessian products", None, f"mode: {objective.hvp_mode}"))
     findings.append(_hessian_by_differences(objective, gradient))
     v = torch.randn(objective.space.dim, generator=generator, device=objective.space.device)
-    _, product = _timed(lambda: objective.hvp(v))
+    _, product = timed(lambda: objective.hvp(v))
     seconds = USUAL_HVPS * product + USUAL_GRADIENTS * backward + USUAL_FORWARDS * forward
     findings.append(
         Finding(
             "time",
             None,
             f"forward {forward:.3g} s, gradient {backward:.3g} s, HVP {product:.3g} s"
-            f" ({product / backward:.1f} gradients); all measures about {_duration(seconds)}",
+            f" ({product / backward:.1f} gradients); all measures about {shown_duration(seconds)}",
         )
     )
     basis = 150 * objective.space.dim * objective.space.dtype.itemsize
     findings.append(
-        Finding("memory", None, f"a Lanczos basis of 150 vectors takes {_bytes(basis)}")
+        Finding("memory", None, f"a Lanczos basis of 150 vectors takes {shown_bytes(basis)}")
     )
     return findings
 
@@ -133,19 +133,22 @@ def _hessian_by_differences(objective: Objective, gradient: torch.Tensor) -> Fin
     )
 
 
-def _timed(function: Callable[[], T]) -> tuple[T, float]:
+def timed(function: Callable[[], T]) -> tuple[T, float]:
+    """Return what a function returns, and how many seconds it took."""
     start = time.perf_counter()
     result = function()
     return result, time.perf_counter() - start
 
 
-def _duration(seconds: float) -> str:
+def shown_duration(seconds: float) -> str:
+    """Return a time for a person, such as ``12 min``."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _bytes(count: float) -> str:
+def shown_bytes(count: float) -> str:
+    """Return a size for a person, such as ``1.5 GiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.3g} {unit}"

@@ -16,7 +16,7 @@ from sharpkit.study.store import Store
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["EXPORTS", "entries_table", "export", "scores_table", "wide_table"]
+__all__ = ["EXPORTS", "documents", "entries_table", "export", "scores_table", "wide_table"]
 
 EXPORTS = (".csv", ".parquet", ".json")
 META = "meta."
@@ -203,7 +203,7 @@ def export(store: Store, path: str | Path, *, wide: bool = False) -> Path:
     os.close(handle)
     try:
         if kind == ".json":
-            Path(temporary).write_text(json.dumps(_documents(store), allow_nan=False))
+            Path(temporary).write_text(json.dumps(documents(store), allow_nan=False))
         else:
             table = wide_table(store) if wide else scores_table(store)
             if kind == ".csv":
@@ -240,7 +240,8 @@ def _parquet(table: pd.DataFrame, path: str) -> None:
     table.to_parquet(path, index=False)
 
 
-def _documents(store: Store) -> dict[str, Any]:
+def documents(store: Store) -> dict[str, Any]:
+    """Return everything that the study holds as plain data, parts and details too."""
     rows = store.query(
         "SELECT e.path, e.recipe, e.options, e.seed, e.metadata, e.error, e.notes, e.subject"
         " FROM entry e ORDER BY e.path"
