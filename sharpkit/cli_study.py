@@ -66,8 +66,7 @@ def score_into_study(
     """
     log.print(
         f"{len(files)} checkpoint{'s' * (len(files) > 1)} into {path},"
-        f" {workers} worker{'s' * (workers > 1)}"
-        + (" on Ray" if engine == "ray" else ""),
+        f" {workers} worker{'s' * (workers > 1)}" + (" on Ray" if engine == "ray" else ""),
         markup=False,
     )
     with contextlib.closing(Store(path)) as store:

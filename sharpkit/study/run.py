@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def run_study(
     wanted = listed(names)
     requests = parse_requests(wanted)  # refuse before anything is computed
     load_recipe(recipe)
-    code = source_hash(Path(recipe))
+    code, token = source_hash(Path(recipe)), uuid.uuid4().hex
     with Store(path) as store:
         where = store.relative(recipe)
         tasks = [
@@ -142,6 +143,7 @@ def run_study(
                 Entry(store.relative(c), where, options.text(), options.seed),
                 wanted,
                 options,
+                token,
                 retry_failed,
                 threads,
             )

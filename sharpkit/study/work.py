@@ -80,6 +80,7 @@ class Task:
         entry: What the study files it under.
         names: Measures, as for :func:`sharpkit.score`.
         options: How to evaluate.
+        run: Tells runs apart.
         retry: Whether failed measures are to be measured again.
         threads: Threads of torch; 0: as many as there are now.
         parent: The process that ended means: stop after the present measure; 0: go on.
@@ -91,6 +92,7 @@ class Task:
     entry: Entry
     names: tuple[MeasureRequest, ...] | None
     options: Options
+    run: str
     retry: bool = False
     threads: int = 1
     parent: int = 0
@@ -125,7 +127,7 @@ class Outcome:
     measuring: float = 0.0
 
 
-_recipes: dict[tuple[Path, str], Recipe] = {}  # a worker loads the data once
+_recipes: dict[str, Recipe] = {}  # by run: a worker loads the data of a run once
 
 
 def work(task: Task, ledger: Ledger, owner: Owner) -> Outcome:
@@ -257,11 +259,10 @@ def _measure(
 
 
 def _recipe(task: Task) -> Recipe:
-    place = (task.recipe, task.recipe_hash)
-    if place not in _recipes:
+    if task.run not in _recipes:
         _recipes.clear()  # one recipe's data at a time
-        _recipes[place] = load_recipe(task.recipe)
-    return _recipes[place]
+        _recipes[task.run] = load_recipe(task.recipe)
+    return _recipes[task.run]
 
 
 @contextmanager
