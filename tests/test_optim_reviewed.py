@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from test_optim import F64
+from test_optim import F64, closure_of, data, network, sgd
 from torch import nn
 
 from sharpkit.optim import GSAM, LookSAM, SAFLoss
+
+X, Y = data(12, seed=3)
 
 # -- records of SAF ------------------------------------------------------------------------
 
@@ -40,3 +42,12 @@ def test_a_scalar_parameter_keeps_its_dtype(make, narrow, wide):
             opt.step(closure)
         ends.append(torch.stack([scale.detach().to(F64), *w.detach().to(F64)]))
     torch.testing.assert_close(*ends, rtol=2e-2 if narrow == "bfloat16" else 1e-6, atol=0)
+
+
+def test_look_sam_goes_on_in_a_narrower_dtype():
+    wide, narrow = network(dtype=torch.float32), network(dtype=torch.bfloat16)
+    opt, other = LookSAM(sgd(wide)), LookSAM(sgd(narrow))
+    opt.step(closure_of(wide, opt, X.float(), Y))
+    other.load_state_dict(opt.state_dict())
+    other.step(closure_of(narrow, other, X.bfloat16(), Y))
+    assert all(p.grad.dtype == torch.bfloat16 for p in narrow.parameters())

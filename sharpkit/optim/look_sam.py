@@ -98,7 +98,7 @@ class LookSAM(SAM):
         for parameter, gradient in pairs:
             if parameter in direction:
                 factor = (self.alpha * length).to(gradient)
-                parameter.grad = gradient + factor * direction[parameter]
+                parameter.grad = gradient + (factor * direction[parameter]).to(gradient)
 
     def _after_step(self) -> None:
         self._since = 1 if self._looked_twice else self._since + 1
