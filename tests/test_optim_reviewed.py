@@ -1,11 +1,14 @@
 """Optimizers where a wrong number would not be seen: dtypes, scales, schedules, interruptions."""
 
+from contextlib import contextmanager
+
+import numpy as np
 import pytest
 import torch
-from test_optim import F64, closure_of, data, network, sgd
+from test_optim import F64, closure_of, data, flat, network, sgd
 from torch import nn
 
-from sharpkit.optim import GSAM, LookSAM, SAFLoss
+from sharpkit.optim import GSAM, RSAM, LookSAM, MicroBatches, SAFLoss
 
 X, Y = data(12, seed=3)
 
@@ -51,3 +54,86 @@ def test_look_sam_goes_on_in_a_narrower_dtype():
     other.load_state_dict(opt.state_dict())
     other.step(closure_of(narrow, other, X.bfloat16(), Y))
     assert all(p.grad.dtype == torch.bfloat16 for p in narrow.parameters())
+
+
+# -- steps with one pass -------------------------------------------------------------------
+
+
+class Local(nn.Module):
+    """Says of every pass whether it ran inside `no_sync`, as DistributedDataParallel has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.inside, self.passes = network(), False, []
+
+    @contextmanager
+    def no_sync(self):
+        self.inside = True
+        yield
+        self.inside = False
+
+    def forward(self, x):
+        self.passes.append(self.inside)
+        return self.inner(x)
+
+
+def test_a_single_pass_is_synchronised_though_the_perturbation_is_per_rank():
+    model = Local()
+    opt = RSAM(sgd(model), model=model, synchronize=False, warm_up=2)
+    for _ in range(3):
+        opt.step(closure_of(model, opt, X, Y))
+    assert model.passes == [False, False, True, False]
+
+
+class MicroBatchRSAM(MicroBatches, RSAM):
+    """RSAM by micro-batches."""
+
+
+def test_micro_batches_warm_up_too():
+    models = network(), network()
+    opt = MicroBatchRSAM(sgd(models[0]), num_micro_batches=2, rho=0.5, warm_up=2)
+    plain, passes = RSAM(sgd(models[1]), rho=0.5, warm_up=2), []
+    shards = opt.shards(X, Y)
+
+    def closure(i):
+        passes.append(i)
+        loss = nn.functional.cross_entropy(models[0](shards[i][0]), shards[i][1])
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        opt.step(closure)
+        plain.step(closure_of(models[1], plain, X, Y))
+        np.testing.assert_allclose(*map(flat, models), rtol=0, atol=1e-14)
+    opt.step(closure)
+    assert passes == [0, 1, 0, 1, 0, 0, 1, 1]
+
+
+def test_micro_batches_of_a_warm_up_are_unscaled_once():
+    ends = []
+    for scale in (1.0, 2.0**8):
+        model = network(dtype=torch.float32)
+        opt = MicroBatchRSAM(sgd(model), num_micro_batches=2, warm_up=1)
+        shards, scaler = opt.shards(X.float(), Y), torch.amp.GradScaler("cpu", init_scale=scale)
+
+        def closure(i, model=model, shards=shards, scaler=scaler):
+            loss = nn.functional.cross_entropy(model(shards[i][0]), shards[i][1])
+            scaler.scale(loss).backward()
+
+        for _ in range(2):
+            opt.step(closure, scaler=scaler)
+            scaler.update()
+        ends.append(flat(model))
+    assert np.array_equal(*ends)
+
+
+def test_micro_batches_of_a_warm_up_are_synchronised():
+    model = Local()
+    opt = MicroBatchRSAM(sgd(model), num_micro_batches=1, model=model, synchronize=False, warm_up=1)
+
+    def closure(i):
+        nn.functional.cross_entropy(model(X), Y).backward()
+
+    for _ in range(2):
+        opt.step(closure)
+    assert model.passes == [False, True, False]

@@ -117,17 +117,18 @@ class MicroBatches(SharpnessAware):
             if loss is not None:
                 part = weight * (loss.detach() if isinstance(loss, Tensor) else loss)
                 mean = part if mean is None else mean + part
-            if scaler is not None and not self._unscale_first(scaler):
-                self._skipped = True
-                break
-            self._perturb()
-            if self._staged:
-                raise SettingsError(
-                    "Expected a method that keeps nothing from step to step. Got"
-                    f" {type(self).__name__}; it cannot be cut into micro-batches."
-                )
-            self._again(random, closure, index)
-            self._undo()
+            if self._wants_second_pass():
+                if scaler is not None and not self._unscale_first(scaler):
+                    self._skipped = True
+                    break
+                self._perturb()
+                if self._staged:
+                    raise SettingsError(
+                        "Expected a method that keeps nothing from step to step. Got"
+                        f" {type(self).__name__}; it cannot be cut into micro-batches."
+                    )
+                self._again(random, closure, index)
+                self._undo()
             for parameter in self.parameters():
                 if parameter.grad is None:
                     continue
