@@ -8,7 +8,8 @@ import torch
 from test_optim import F64, closure_of, data, flat, network, sgd
 from torch import nn
 
-from sharpkit.optim import GSAM, RSAM, LookSAM, MicroBatches, SAFLoss
+from sharpkit.errors import SettingsError
+from sharpkit.optim import GSAM, RSAM, SAM, LookSAM, MicroBatches, MongeSAM, SAFLoss
 
 X, Y = data(12, seed=3)
 
@@ -137,3 +138,65 @@ def test_micro_batches_of_a_warm_up_are_synchronised():
     for _ in range(2):
         opt.step(closure)
     assert model.passes == [False, True, False]
+
+
+# -- GradScaler by hand --------------------------------------------------------------------
+
+
+def scaled_by_hand(make, misuse=None, scale=2.0**12):
+    """One step by hand; returns how far the weights went, or raises."""
+    model = network(dtype=torch.float32)
+    opt, scaler = make(sgd(model)), torch.amp.GradScaler("cpu", init_scale=scale)
+    before = flat(model)
+
+    def half():
+        scaler.scale(nn.functional.cross_entropy(model(X.float()), Y)).backward()
+
+    try:
+        half()
+        if misuse in ("unscale", "unscale base"):
+            scaler.unscale_(opt if misuse == "unscale" else opt.base)
+        if opt.first_step(scaler=None if misuse == "forget" else scaler):
+            half()
+        if misuse == "unscale base after":
+            scaler.unscale_(opt.base)
+        scaler.step(opt)
+    except SettingsError:
+        assert np.array_equal(flat(model), before)
+        assert not opt.state
+        opt.restore()
+        raise
+    scaler.update()
+    return flat(model) - before
+
+
+@pytest.mark.parametrize("make", [SAM, GSAM, MongeSAM])
+@pytest.mark.parametrize(
+    ("misuse", "message"),
+    [
+        ("unscale", "still scaled"),
+        ("unscale base", "still scaled"),
+        ("unscale base after", "still scaled"),
+        ("forget", r"first_step\(scaler=scaler\)"),
+    ],
+)
+def test_gradients_are_neither_unscaled_twice_nor_never(make, misuse, message):
+    assert np.abs(scaled_by_hand(make)).max() < 1
+    with pytest.raises(SettingsError, match=message):
+        scaled_by_hand(make, misuse)
+
+
+def test_unscaling_before_the_step_of_one_pass_is_fine():
+    """LookSAM asks for no second pass: the gradient of the first may be unscaled and clipped."""
+    model = network(dtype=torch.float32)
+    opt, scaler = LookSAM(sgd(model), every=2), torch.amp.GradScaler("cpu", init_scale=4.0)
+    for number in range(2):
+        opt.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(X.float()), Y)).backward()
+        if number == 1:
+            scaler.unscale_(opt)
+        if opt.first_step(scaler=scaler):
+            scaler.scale(nn.functional.cross_entropy(model(X.float()), Y)).backward()
+        scaler.step(opt)
+        scaler.update()
+    assert opt.steps == 2

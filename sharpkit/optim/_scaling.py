@@ -8,9 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpkit.errors import SettingsError
 from sharpkit.optim._checks import finite
 
-__all__ = ["forget_scaler", "found_overflow", "unscale_first"]
+__all__ = ["check_still_scaled", "forget_scaler", "found_overflow", "unscale_first"]
+
+
+def check_still_scaled(scaler: Any, *optimizers: Any) -> None:
+    """Refuse gradients that ``scaler.unscale_`` has divided already and a step divides again.
+
+    After the first pass it would moreover leave those of the second scaled.
+
+    Raises:
+        SettingsError: If it has.
+    """
+    states = getattr(scaler, "_per_optimizer_states", {})
+    for optimizer in optimizers:
+        stage = states[id(optimizer)]["stage"] if id(optimizer) in states else None
+        if getattr(stage, "name", None) == "UNSCALED":
+            raise SettingsError(
+                "Expected gradients that are still scaled. Got them after `scaler.unscale_` in"
+                " the first pass, or of `base`; clip by `max_grad_norm`, or after the second"
+                " pass and scaler.unscale_(opt)."
+            )
 
 
 def unscale_first(gradients: Sequence[Tensor], scaler: Any, group: Any) -> bool:

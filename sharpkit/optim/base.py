@@ -26,7 +26,12 @@ from sharpkit.optim._checks import (
     mark_as_used,
 )
 from sharpkit.optim._guards import BufferGuard, RandomState, StatisticsWatch
-from sharpkit.optim._scaling import forget_scaler, found_overflow, unscale_first
+from sharpkit.optim._scaling import (
+    check_still_scaled,
+    forget_scaler,
+    found_overflow,
+    unscale_first,
+)
 from sharpkit.optim._slots import Displacement, Slot, slots_of
 from sharpkit.optim._wrapper import Wrapper
 
@@ -133,6 +138,7 @@ class SharpnessAware(Wrapper):
         self._begun = False
         self._skipped = False
         self._looked_twice = False
+        self._scaler: Any = None
         self._check_parameters()
 
     # -- what a method says --------------------------------------------------------------
@@ -269,9 +275,11 @@ class SharpnessAware(Wrapper):
             self.steps += 1
             if not self._wants_second_pass():
                 return False  # `_finish` unscales
-            if scaler is not None and scaler.is_enabled() and not self._unscale_first(scaler):
-                self._skipped = True
-                return False
+            if scaler is not None and scaler.is_enabled():
+                self._scaler = scaler
+                if not self._unscale_first(scaler):
+                    self._skipped = True
+                    return False
             if self.uses_first_gradient:
                 self._first = self._own_gradients()
             self._perturb()
@@ -285,6 +293,7 @@ class SharpnessAware(Wrapper):
         self._undo()
         self._watch = None
         self._begun = self._skipped = self._looked_twice = False
+        self._scaler = None
         self._first = {}
         self._staged = {}
 
@@ -363,6 +372,7 @@ class SharpnessAware(Wrapper):
                 scaler.unscale_(self.base)
                 sound = not self._skipped and finite(self._gradients())
             else:
+                self._check_scaler_known()
                 sound = not self._skipped and not found_overflow(self, self._gradients())
             if sound:
                 self._two_passes_done() if self._looked_twice else self._one_pass_done()
@@ -409,6 +419,7 @@ class SharpnessAware(Wrapper):
         return [p.grad for p in self.parameters() if p.grad is not None]
 
     def _unscale_first(self, scaler: Any) -> bool:
+        check_still_scaled(scaler, self, self.base)
         group = None if self.synchronize else getattr(self.model, "process_group", None)
         return unscale_first(self._gradients(), scaler, group)
 
@@ -445,6 +456,17 @@ class SharpnessAware(Wrapper):
                 f"Expected `model=` for a network with running statistics ({watch.seen}). Got"
                 " none; the perturbed pass would write into them. Give"
                 f" {type(self).__name__}(..., model=model)."
+            )
+
+    def _check_scaler_known(self) -> None:
+        if not hasattr(self, "found_inf"):
+            return
+        if self._scaler is not None:
+            check_still_scaled(self._scaler, self.base)
+        elif self._looked_twice:
+            raise SettingsError(
+                "Expected opt.first_step(scaler=scaler) with scaler.step(opt). Got `first_step()`"
+                " without it, which took the scaled gradients for the gradients."
             )
 
     def _check_closure_call(self) -> None:
