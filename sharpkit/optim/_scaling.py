@@ -11,7 +11,14 @@ from torch import Tensor
 from sharpkit.errors import SettingsError
 from sharpkit.optim._checks import finite
 
-__all__ = ["check_still_scaled", "forget_scaler", "found_overflow", "unscale_first"]
+__all__ = ["check_still_scaled", "forget_scaler", "found_overflow", "is_unscaled", "unscale_first"]
+
+
+def is_unscaled(scaler: Any, *optimizers: Any) -> bool:
+    """Return whether ``scaler.unscale_`` was called on one of the optimizers in this step."""
+    states = getattr(scaler, "_per_optimizer_states", {})
+    stages = [states[id(o)]["stage"] for o in optimizers if id(o) in states]
+    return any(getattr(stage, "name", None) == "UNSCALED" for stage in stages)
 
 
 def check_still_scaled(scaler: Any, *optimizers: Any) -> None:
@@ -22,15 +29,12 @@ def check_still_scaled(scaler: Any, *optimizers: Any) -> None:
     Raises:
         SettingsError: If it has.
     """
-    states = getattr(scaler, "_per_optimizer_states", {})
-    for optimizer in optimizers:
-        stage = states[id(optimizer)]["stage"] if id(optimizer) in states else None
-        if getattr(stage, "name", None) == "UNSCALED":
-            raise SettingsError(
-                "Expected gradients that are still scaled. Got them after `scaler.unscale_` in"
-                " the first pass, or of `base`; clip by `max_grad_norm`, or after the second"
-                " pass and scaler.unscale_(opt)."
-            )
+    if is_unscaled(scaler, *optimizers):
+        raise SettingsError(
+            "Expected gradients that are still scaled. Got them after `scaler.unscale_` in the"
+            " first pass, or of `base`; clip by `max_grad_norm`, or after the second pass and"
+            " scaler.unscale_(opt)."
+        )
 
 
 def unscale_first(gradients: Sequence[Tensor], scaler: Any, group: Any) -> bool:

@@ -30,6 +30,7 @@ from sharpkit.optim._scaling import (
     check_still_scaled,
     forget_scaler,
     found_overflow,
+    is_unscaled,
     unscale_first,
 )
 from sharpkit.optim._slots import Displacement, Slot, slots_of
@@ -460,8 +461,12 @@ class SharpnessAware(Wrapper):
 
     def _check_scaler_known(self) -> None:
         if not hasattr(self, "found_inf"):
-            return
-        if self._scaler is not None:
+            if self._looked_twice and self._scaler and not is_unscaled(self._scaler, self):
+                raise SettingsError(
+                    "Expected scaler.step(opt) after first_step(scaler=scaler). Got opt.step(),"
+                    " which would step along scaled gradients."
+                )
+        elif self._scaler is not None:
             check_still_scaled(self._scaler, self.base)
         elif self._looked_twice:
             raise SettingsError(
