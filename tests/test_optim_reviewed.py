@@ -201,3 +201,17 @@ def test_unscaling_before_the_step_of_one_pass_is_fine():
         scaler.step(opt)
         scaler.update()
     assert opt.steps == 2
+
+
+# -- what is wrapped -----------------------------------------------------------------------
+
+
+def test_a_base_that_maximises_is_refused():
+    """The worst point of a loss is uphill; that of a gain is not."""
+    model = network()
+    with pytest.raises(SettingsError, match="maximize"):
+        SAM(torch.optim.SGD(model.parameters(), lr=0.1, maximize=True))
+    opt = SAM(torch.optim.SGD(model[0].parameters(), lr=0.1))
+    with pytest.raises(SettingsError, match="maximize"):
+        opt.add_param_group({"params": model[2].parameters(), "maximize": True})
+    assert len(opt.param_groups) == 1

@@ -19,6 +19,7 @@ from sharpkit.optim._checkpoint import KEY, check_method, packed, unpacked
 from sharpkit.optim._checks import (
     at_least_zero,
     check_base,
+    check_group,
     check_not_accumulated,
     check_parameters,
     check_selection,
@@ -181,6 +182,7 @@ class SharpnessAware(Wrapper):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer."""
+        check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._check_parameters()
 
