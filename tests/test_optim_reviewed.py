@@ -215,3 +215,24 @@ def test_a_base_that_maximises_is_refused():
     with pytest.raises(SettingsError, match="maximize"):
         opt.add_param_group({"params": model[2].parameters(), "maximize": True})
     assert len(opt.param_groups) == 1
+
+
+# -- interruptions -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [SAM, lambda base: MongeSAM(base, neighbours=1, spread=0.5)])
+def test_an_interruption_while_the_weights_move_restores_them(make, monkeypatch):
+    model = network()
+    opt, before, add = make(sgd(model)), flat(model), torch._foreach_add_
+    moved = []
+
+    def interrupted(tensors, other, **more):
+        add(tensors, other, **more)
+        moved.append(flat(model))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "_foreach_add_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(closure_of(model, opt, X, Y))
+    assert not np.array_equal(moved[0], before)
+    assert np.array_equal(flat(model), before)

@@ -346,7 +346,8 @@ class SharpnessAware(Wrapper):
         return RandomState(self.parameters()) if self.same_randomness else None
 
     def _move(self, slots: Sequence[Slot], delta: Sequence[Tensor]) -> None:
-        self._displacement = Displacement(slots, delta)
+        self._displacement = Displacement(slots)
+        self._displacement.move(delta)
         torch.clear_autocast_cache()  # autocast around the step keeps casts of the old weights
 
     def _undo(self) -> None:

@@ -111,9 +111,10 @@ class MongeSAM(SharpnessAware):
                 )
                 for s in slots
             ]
-            displacement = Displacement(slots, noise)
-            torch.clear_autocast_cache()
+            displacement = Displacement(slots)
             try:
+                displacement.move(noise)
+                torch.clear_autocast_cache()
                 with kept_buffers(self.model):
                     self._again(random, closure)
             finally:
