@@ -236,3 +236,31 @@ def test_an_interruption_while_the_weights_move_restores_them(make, monkeypatch)
         opt.step(closure_of(model, opt, X, Y))
     assert not np.array_equal(moved[0], before)
     assert np.array_equal(flat(model), before)
+
+
+def test_running_statistics_are_watched_again_after_a_refusal():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).to(F64)
+    opt = SAM(sgd(model))
+    for _ in range(2):
+        with pytest.raises(SettingsError, match="running statistics"):
+            opt.step(closure_of(model, opt, X, Y))
+    other, calls = SAM(sgd(model)), []
+
+    def closure():
+        calls.append(0)
+        loss_of(model).backward()
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        other.step(closure)
+    loss_of(model).backward()
+    other.first_step()
+    other.restore()  # nothing was seen yet
+    other.zero_grad()
+    with pytest.raises(SettingsError, match="running statistics"):
+        other.step(closure)
+
+
+def loss_of(model, x=X, y=Y):
+    return nn.functional.cross_entropy(model(x), y)

@@ -294,7 +294,8 @@ class SharpnessAware(Wrapper):
         Without a perturbation it does nothing.
         """
         self._undo()
-        self._watch = None
+        if self._watch is not None:
+            self._watch, self._watched = None, False  # it has seen no whole step
         self._begun = self._skipped = self._looked_twice = False
         self._scaler = None
         self._first = {}
@@ -454,13 +455,14 @@ class SharpnessAware(Wrapper):
             check_selection(self._selected, self.parameters())
 
     def _check_watch(self) -> None:
-        watch, self._watch = self._watch, None
+        watch = self._watch
         if watch is not None and watch.seen is not None:
             raise SettingsError(
                 f"Expected `model=` for a network with running statistics ({watch.seen}). Got"
                 " none; the perturbed pass would write into them. Give"
                 f" {type(self).__name__}(..., model=model)."
             )
+        self._watch = None
 
     def _check_scaler_known(self) -> None:
         if not hasattr(self, "found_inf"):
