@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 
 import numpy as np
+import oracles_optim as oracles
 import pytest
 import torch
 from test_optim import F64, closure_of, data, flat, network, sgd
@@ -264,3 +265,38 @@ def test_running_statistics_are_watched_again_after_a_refusal():
 
 def loss_of(model, x=X, y=Y):
     return nn.functional.cross_entropy(model(x), y)
+
+
+# -- checkpoints ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("saved", "fresh"), [(3, 1), (1, 3), (3, 2)])
+def test_the_metric_of_monge_goes_on_with_its_number_of_gradients(saved, fresh):
+    model = network()
+    opt, other = (MongeSAM(sgd(model, lr=0.0), rho=0.5, average_over=n) for n in (saved, fresh))
+    for seed in range(3):
+        opt.step(closure_of(model, opt, *data(seed=seed)))
+    other.load_state_dict(opt.state_dict())
+    points = [], []
+    for o, seen in zip((opt, other), points, strict=True):
+        o.step(closure_of(model, o, X, Y, seen))
+        model.zero_grad()
+    assert np.array_equal(points[0][1], points[1][1])
+    assert len(other.memory) == saved - 1
+
+
+@pytest.mark.parametrize("now", [1, 2])
+def test_the_metric_of_monge_forgets_when_it_is_told_to(now):
+    model = network()
+    opt = MongeSAM(sgd(model), rho=0.5, average_over=3)
+    for seed in range(3):
+        opt.step(closure_of(model, opt, *data(seed=seed)))
+    opt.average_over = now
+    w = flat(model)
+    rows = [oracles.Net(X, Y)(w)]
+    if now == 2:
+        rows.append(torch.cat([opt.memory["gradient 0"][p].flatten() for p in opt.parameters()]))
+    wanted = oracles.monge_delta(0.5, rows[0], [np.asarray(row) for row in rows])
+    seen = []
+    opt.step(closure_of(model, opt, X, Y, seen))
+    np.testing.assert_allclose(seen[1] - w, wanted, rtol=0, atol=1e-12)
