@@ -10,7 +10,7 @@ from test_optim import F64, closure_of, data, flat, network, sgd
 from torch import nn
 
 from sharpkit.errors import SettingsError
-from sharpkit.optim import GSAM, RSAM, SAM, LookSAM, MicroBatches, MongeSAM, SAFLoss
+from sharpkit.optim import ASAM, GSAM, RSAM, SAM, WSAM, LookSAM, MicroBatches, MongeSAM, SAFLoss
 
 X, Y = data(12, seed=3)
 
@@ -300,3 +300,25 @@ def test_the_metric_of_monge_forgets_when_it_is_told_to(now):
     seen = []
     opt.step(closure_of(model, opt, X, Y, seen))
     np.testing.assert_allclose(seen[1] - w, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "changed"),
+    [
+        (SAM, {"norm": "linf"}),
+        (ASAM, {"norm": "linf", "scaling": "filter"}),
+        (LookSAM, {"norm": "linf"}),
+        (WSAM, {"norm": "linf", "decouple": False}),
+    ],
+)
+def test_a_radius_comes_back_with_the_norm_it_is_of(make, changed):
+    model = network()
+    opt, other = make(sgd(model), rho=0.03, **changed), make(sgd(model))
+    other.load_state_dict(opt.state_dict())
+    assert {name: getattr(other, name) for name in changed} == changed
+    points = [], []
+    for o, seen in zip((opt, other), points, strict=True):
+        model.load_state_dict(network().state_dict())
+        model.zero_grad()
+        o.step(closure_of(model, o, X, Y, seen))
+    assert np.array_equal(*map(np.stack, points))

@@ -62,7 +62,7 @@ class ASAM(SAM):
     arXiv 2306.04226, whose code multiplies the layer's norm by :math:`1 + \eta` instead.
     """
 
-    saved_settings = ("rho", "eta")
+    saved_settings = ("rho", "eta", "scaling", "norm")
 
     def __init__(
         self,

@@ -61,7 +61,7 @@ class LookSAM(SAM):
 
     takes_sparse = False
     uses_first_gradient = True
-    saved_settings = ("rho", "every", "alpha")
+    saved_settings = ("rho", "norm", "every", "alpha")
 
     def __init__(
         self,

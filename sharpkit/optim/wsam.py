@@ -56,7 +56,7 @@ class WSAM(SAM):
 
     takes_sparse = False
     uses_first_gradient = True
-    saved_settings = ("rho", "gamma")
+    saved_settings = ("rho", "norm", "gamma", "decouple")
 
     def __init__(
         self,
