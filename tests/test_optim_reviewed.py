@@ -10,7 +10,17 @@ from test_optim import F64, closure_of, data, flat, network, sgd
 from torch import nn
 
 from sharpkit.errors import SettingsError
-from sharpkit.optim import ASAM, GSAM, RSAM, SAM, WSAM, LookSAM, MicroBatches, MongeSAM, SAFLoss
+from sharpkit.optim import (
+    ASAM,
+    GSAM,
+    RSAM,
+    SAM,
+    WSAM,
+    LookSAM,
+    MicroBatches,
+    MongeSAM,
+    SAFLoss,
+)
 
 X, Y = data(12, seed=3)
 
@@ -322,3 +332,14 @@ def test_a_radius_comes_back_with_the_norm_it_is_of(make, changed):
         model.zero_grad()
         o.step(closure_of(model, o, X, Y, seen))
     assert np.array_equal(*map(np.stack, points))
+
+
+# -- groups added later, sparse gradients, buffers -----------------------------------------
+
+
+def test_buffers_that_repeat_memory_are_no_obstacle():
+    model = network()
+    model.register_buffer("positions", torch.arange(4).expand(3, -1))
+    opt = SAM(sgd(model), model=model)
+    opt.step(closure_of(model, opt, X, Y))
+    assert torch.equal(model.positions, torch.arange(4).expand(3, -1))
