@@ -343,3 +343,20 @@ def test_buffers_that_repeat_memory_are_no_obstacle():
     opt = SAM(sgd(model), model=model)
     opt.step(closure_of(model, opt, X, Y))
     assert torch.equal(model.positions, torch.arange(4).expand(3, -1))
+
+
+def test_clipping_of_sparse_gradients_is_that_of_dense_ones():
+    ends = []
+    for sparse in (False, True):
+        table = nn.Embedding(5, 2, sparse=sparse, dtype=F64)
+        with torch.no_grad():
+            table.weight.copy_(torch.arange(10.0).reshape(5, 2))
+        opt = SAM(torch.optim.SGD(table.parameters(), lr=0.1), rho=0.3, max_grad_norm=0.5)
+
+        def closure(table=table):
+            table(torch.tensor([1, 3, 3])).square().sum().backward()
+
+        for _ in range(2):
+            opt.step(closure)
+        ends.append(table.weight.detach().clone())
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-14)

@@ -29,6 +29,7 @@ from sharpkit.optim._checks import (
 from sharpkit.optim._guards import BufferGuard, RandomState, StatisticsWatch
 from sharpkit.optim._scaling import (
     check_still_scaled,
+    clip,
     forget_scaler,
     found_overflow,
     is_unscaled,
@@ -382,7 +383,7 @@ class SharpnessAware(Wrapper):
             if sound:
                 self._two_passes_done() if self._looked_twice else self._one_pass_done()
                 if self.max_grad_norm is not None:
-                    nn.utils.clip_grad_norm_(self.parameters(), self.max_grad_norm)
+                    clip(self.parameters(), self.max_grad_norm)
             if scaler is not None and scaler.is_enabled():
                 scaler.step(self.base)  # skips by itself after an overflow
             elif sound:
