@@ -16,6 +16,8 @@ from sharpkit.optim import (
     RSAM,
     SAM,
     WSAM,
+    DynamicSparseSAM,
+    FisherSparseSAM,
     LookSAM,
     MicroBatches,
     MongeSAM,
@@ -360,3 +362,32 @@ def test_clipping_of_sparse_gradients_is_that_of_dense_ones():
             opt.step(closure)
         ends.append(table.weight.detach().clone())
     torch.testing.assert_close(*ends, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "fisher"])
+def test_masks_of_groups_added_later(kind):
+    model = network()
+    base = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    if kind == "dynamic":
+        opt = DynamicSparseSAM(base, sparsity=0.5)
+    else:
+        opt = FisherSparseSAM(base, sparsity=0.5)
+        opt.update_mask(lambda i: loss_of(model).backward(), 1)
+    first = {p: mask.clone() for p, mask in opt.memory["mask"].items()}
+    opt.add_param_group({"params": list(model[2].parameters())})
+    model.zero_grad()
+    if kind == "fisher":
+        with pytest.raises(SettingsError, match="update_mask"):
+            opt.step(closure_of(model, opt, X, Y))
+        opt.update_mask(lambda i: loss_of(model).backward(), 1)
+    else:
+        assert all(torch.equal(opt.memory["mask"][p], mask) for p, mask in first.items())
+        assert sum(int(opt.memory["mask"][p].sum()) for p in model[2].parameters()) == 4
+    before, seen = flat(model), []
+    opt.step(closure_of(model, opt, X, Y, seen))
+    mask = torch.cat([opt.memory["mask"][p].flatten() for p in model.parameters()]).numpy()
+    assert np.array_equal(seen[1] != before, mask)
+    if kind == "dynamic":
+        opt.update_mask(lambda: loss_of(model).backward(), progress=0.0)
+        kept = sum(int(part.sum()) for part in opt.memory["mask"].values())
+        assert kept == mask.sum()
