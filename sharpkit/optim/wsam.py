@@ -82,6 +82,10 @@ class WSAM(SAM):
         self._sharpness = dict(zip(point, tensors.scale(sharpness, weight), strict=True))
         return first
 
+    def restore(self) -> None:  # noqa: D102
+        super().restore()
+        self._sharpness = {}
+
     @torch.no_grad()
     def _after_step(self) -> None:
         sharpness, self._sharpness = self._sharpness, {}
