@@ -12,6 +12,7 @@ from torch import nn
 from sharpkit.errors import SettingsError
 from sharpkit.optim import (
     ASAM,
+    ESAM,
     GSAM,
     RSAM,
     SAM,
@@ -20,6 +21,8 @@ from sharpkit.optim import (
     FisherSparseSAM,
     LookSAM,
     MicroBatches,
+    MicroBatchSAM,
+    MomentumSAM,
     MongeSAM,
     SAFLoss,
 )
@@ -391,3 +394,61 @@ def test_masks_of_groups_added_later(kind):
         opt.update_mask(lambda: loss_of(model).backward(), progress=0.0)
         kept = sum(int(part.sum()) for part in opt.memory["mask"].values())
         assert kept == mask.sum()
+
+
+# -- schedules, refusals -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rate", "wanted"), [(0.0, 0.1), (0.05, 0.1), (0.3, 0.3), (0.9, 0.5)])
+def test_the_radius_of_gsam_stays_between_its_ends(rate, wanted):
+    """Warm-up starts below ``lr_min``: a radius on the line through both ends may be negative."""
+    opt = GSAM(sgd(network(), lr=rate), rho=0.5, rho_min=0.1, lr_max=0.4, lr_min=0.2)
+    assert opt.radius() == pytest.approx(wanted, rel=1e-12)
+
+
+class MicroBatchESAM(MicroBatches, ESAM):
+    """Its closure returns losses of examples, that of micro-batches calls backward."""
+
+
+class MicroBatchMomentumSAM(MicroBatches, MomentumSAM):
+    """It has one pass."""
+
+
+@pytest.mark.parametrize("kind", [MicroBatchESAM, MicroBatchMomentumSAM])
+def test_methods_with_passes_of_their_own_are_not_cut(kind):
+    with pytest.raises(SettingsError, match="cannot be cut into micro-batches"):
+        kind(sgd(network()), num_micro_batches=2)
+
+
+def test_a_loss_of_a_micro_batch_is_a_number():
+    model = network()
+    opt, before = MicroBatchSAM(sgd(model), num_micro_batches=2), flat(model)
+
+    def closure(i):
+        loss = loss_of(model)
+        loss.backward()
+        return loss, "more"
+
+    with pytest.raises(SettingsError, match="closure that returns the loss"):
+        opt.step(closure)
+    assert np.array_equal(flat(model), before)
+
+
+def test_one_tensor_is_no_list_of_parameters():
+    model = network()
+    for option in ("unscaled", "perturb"):
+        with pytest.raises(SettingsError, match=f"`{option}`"):
+            ASAM(sgd(model), **{option: model[0].bias})
+
+
+def test_a_base_that_raises_leaves_no_vector_behind():
+    model = network()
+    opt = WSAM(sgd(model))
+
+    def stop(*_):
+        raise RuntimeError("stop")
+
+    opt.base.register_step_pre_hook(stop)
+    with pytest.raises(RuntimeError, match="stop"):
+        opt.step(closure_of(model, opt, X, Y))
+    assert not opt._sharpness

@@ -17,6 +17,7 @@ __all__ = [
     "at_least_zero",
     "check_base",
     "check_group",
+    "check_list",
     "check_not_accumulated",
     "check_parameters",
     "check_selection",
@@ -91,6 +92,18 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise SettingsError(
             "Expected a base optimizer that minimises. Got maximize=True, where the worst point"
             " nearby is downhill; minimise the negative instead."
+        )
+
+
+def check_list(name: str, tensors: object) -> None:
+    """Refuse one tensor where a list is due: its rows are no parameters.
+
+    Raises:
+        SettingsError: If it is one.
+    """
+    if isinstance(tensors, Tensor):
+        raise SettingsError(
+            f"Expected a list of parameters as `{name}`. Got one tensor; write [tensor]."
         )
 
 
