@@ -26,6 +26,7 @@ from sharpkit.optim import (
     MongeSAM,
     SAFLoss,
 )
+from sharpkit.optim import _tensors as tensors
 
 X, Y = data(12, seed=3)
 
@@ -452,3 +453,93 @@ def test_a_base_that_raises_leaves_no_vector_behind():
     with pytest.raises(RuntimeError, match="stop"):
         opt.step(closure_of(model, opt, X, Y))
     assert not opt._sharpness
+
+
+# -- formulas with groups, parts, clipping and narrow dtypes -------------------------------
+
+
+def two_groups(model, **more):
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.01}]
+    return torch.optim.SGD(groups, lr=0.2, **more)
+
+
+RATES = np.array([0.2] * 15 + [0.01] * 8)
+
+
+@pytest.mark.parametrize("decouple", [True, False])
+def test_wsam_descends_every_group_at_its_own_rate(decouple):
+    model = network()
+    w, grad = flat(model), oracles.Net(X, Y)
+    g = grad(w)
+    p = grad(w + 0.3 * g / np.linalg.norm(g))
+    opt = WSAM(two_groups(model), rho=0.3, gamma=0.75, decouple=decouple)
+    opt.step(closure_of(model, opt, X, Y))
+    np.testing.assert_allclose(flat(model), w - RATES * (g + 3 * (p - g)), rtol=0, atol=1e-12)
+
+
+def test_the_radius_of_gsam_is_by_the_rate_of_the_first_group():
+    opt = GSAM(two_groups(network()), rho=0.5, rho_min=0.1, lr_max=0.4)
+    assert opt.radius() == pytest.approx(0.3, rel=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("scaling", ["elementwise", "filter", "layer"])
+def test_eta_is_added_to_every_kind_of_size(scaling, norm):
+    model = network()
+    w, grad = flat(model), oracles.Net(X, Y)
+    opt = ASAM(sgd(model), rho=0.2, eta=0.5, scaling=scaling, norm=norm)
+    seen = []
+    opt.step(closure_of(model, opt, X, Y, seen))
+    t, g = oracles.sizes_of(w, scaling) + 0.5, grad(w)
+    wanted = t * np.sign(g) if norm == "linf" else t**2 * g / np.linalg.norm(t * g)
+    np.testing.assert_allclose(seen[1] - w, 0.2 * wanted, rtol=0, atol=1e-12)
+
+
+def test_look_sam_measures_the_whole_gradient_though_a_part_is_perturbed():
+    model = network()
+    opt = LookSAM(
+        sgd(model, momentum=0, decay=0), rho=0.3, alpha=0.5, perturb=model[2].parameters()
+    )
+    w, grad = flat(model), oracles.Net(X, Y)
+    g = grad(w)
+    part = np.where(np.arange(len(g)) < 15, 0.0, g)
+    h = grad(w + 0.3 * part / np.linalg.norm(part))
+    v = h - (h @ g) / (g @ g) * g
+    w = w - 0.1 * h
+    g = grad(w)
+    w = w - 0.1 * (g + 0.5 * np.linalg.norm(g) / np.linalg.norm(v) * v)
+    for _ in range(2):
+        opt.step(closure_of(model, opt, X, Y))
+    np.testing.assert_allclose(flat(model), w, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [GSAM, lambda b, **more: WSAM(b, decouple=False, **more)])
+def test_clipping_is_of_the_combined_gradient_of_all_parameters(make):
+    grads = []
+    for limit in (None, 0.02):
+        model = network()
+        opt = make(sgd(model, lr=0.0), perturb=model[0].parameters(), max_grad_norm=limit)
+        opt.step(closure_of(model, opt, X, Y))
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert grads[0].norm() > 0.04
+    torch.testing.assert_close(grads[1], grads[0] * 0.02 / grads[0].norm(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("progress", [0.25, 0.75])
+def test_the_rate_of_the_dynamic_mask_is_a_cosine(progress):
+    w = nn.Parameter(torch.linspace(1.0, 2.0, 1000, dtype=F64))
+    opt = DynamicSparseSAM(torch.optim.SGD([w], lr=0.1), sparsity=0.5, drop_rate=0.4)
+    first = opt.memory["mask"][w]
+    opt.update_mask(lambda: w.square().sum().backward(), progress=progress)
+    dropped = int((first & ~opt.memory["mask"][w]).sum())
+    assert dropped == int(500 * 0.4 * (1 + np.cos(np.pi * progress)) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_and_products_of_narrow_gradients_are_wide(dtype):
+    g = torch.Generator().manual_seed(0)
+    parts = [torch.rand(n, generator=g).to(dtype) for n in (30000, 7, 1000)]
+    others = [torch.rand(n, generator=g).to(dtype) for n in (30000, 7, 1000)]
+    a, b = (torch.cat(x).double() for x in (parts, others))
+    assert tensors.norm(parts).item() == pytest.approx(a.norm().item(), rel=1e-5)
+    assert tensors.dot(parts, others).item() == pytest.approx((a @ b).item(), rel=1e-5)
