@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ __all__ = [
     "at_least_one",
     "at_least_zero",
     "check_base",
+    "check_group",
+    "check_list",
     "check_not_accumulated",
     "check_parameters",
     "check_selection",
@@ -63,7 +66,7 @@ def check_base(base: object) -> None:
     """Refuse what cannot be wrapped.
 
     Raises:
-        SettingsError: If it is no instance of a torch optimizer, or LBFGS.
+        SettingsError: If it is no instance of a torch optimizer, or LBFGS, or maximises.
     """
     if not isinstance(base, Optimizer):
         raise SettingsError(
@@ -74,6 +77,33 @@ def check_base(base: object) -> None:
         raise SettingsError(
             "Expected a base optimizer that steps along the gradient it is given. Got LBFGS,"
             " which calls the closure itself."
+        )
+    for group in base.param_groups:
+        check_group(group)
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Refuse parameters that climb: a loss is perturbed uphill.
+
+    Raises:
+        SettingsError: With ``maximize``.
+    """
+    if group.get("maximize"):
+        raise SettingsError(
+            "Expected a base optimizer that minimises. Got maximize=True, where the worst point"
+            " nearby is downhill; minimise the negative instead."
+        )
+
+
+def check_list(name: str, tensors: object) -> None:
+    """Refuse one tensor where a list is due: its rows are no parameters.
+
+    Raises:
+        SettingsError: If it is one.
+    """
+    if isinstance(tensors, Tensor):
+        raise SettingsError(
+            f"Expected a list of parameters as `{name}`. Got one tensor; write [tensor]."
         )
 
 

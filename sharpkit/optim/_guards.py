@@ -26,7 +26,7 @@ class BufferGuard:
             (module, name, buffer, buffer.detach().clone())
             for module in modules
             for name, buffer in module._buffers.items()
-            if buffer is not None
+            if buffer is not None and not _repeats(buffer)
         ]
 
     @torch.no_grad()
@@ -35,6 +35,13 @@ class BufferGuard:
         for module, name, buffer, value in self._kept:
             buffer.detach().copy_(value)
             module._buffers[name] = buffer
+
+
+def _repeats(buffer: Tensor) -> bool:
+    """Return whether entries share memory (``expand``), which nothing can write in place."""
+    if buffer.layout != torch.strided:
+        return False
+    return any(n > 1 and step == 0 for n, step in zip(buffer.shape, buffer.stride(), strict=True))
 
 
 @contextmanager

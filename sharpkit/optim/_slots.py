@@ -48,23 +48,25 @@ class Displacement:
     The old values are copied, not recomputed: ``(w + d) - d`` is not ``w`` in floating point.
     """
 
-    def __init__(self, slots: Sequence[Slot], delta: Sequence[Tensor]) -> None:
-        """Move the parameters of ``slots`` by ``delta``."""
-        pairs = list(zip(slots, delta, strict=True))
-        whole = [(s.parameter.detach(), d) for s, d in pairs if s.rows is None]
-        self._whole = [weights for weights, _ in whole]
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        """Keep the values of ``slots``; `move` changes them, so that `undo` is there before."""
+        self._kinds = [slot.rows is None for slot in slots]
+        self._whole = [slot.parameter.detach() for slot in slots if slot.rows is None]
         self._saved = [weights.clone() for weights in self._whole]
-        self._rows = [
-            (s.parameter.detach(), s.rows, s.point, d) for s, d in pairs if s.rows is not None
-        ]
+        self._rows = [(s.parameter.detach(), s.rows, s.point) for s in slots if s.rows is not None]
+
+    def move(self, delta: Sequence[Tensor]) -> None:
+        """Move the parameters by ``delta``, one for every slot."""
+        whole = [d for d, is_whole in zip(delta, self._kinds, strict=True) if is_whole]
+        rows = [d for d, is_whole in zip(delta, self._kinds, strict=True) if not is_whole]
         if whole:
-            torch._foreach_add_(self._whole, [d for _, d in whole])
-        for weights, rows, saved, d in self._rows:
-            weights[rows] = saved + d
+            torch._foreach_add_(self._whole, whole)
+        for (weights, where, saved), d in zip(self._rows, rows, strict=True):
+            weights[where] = saved + d
 
     def undo(self) -> None:
         """Put the old values back."""
         if self._whole:
             torch._foreach_copy_(self._whole, self._saved)
-        for weights, rows, saved, _ in self._rows:
+        for weights, rows, saved in self._rows:
             weights[rows] = saved

@@ -45,8 +45,8 @@ def scale(tensors: Sequence[Tensor], factor: Tensor | float) -> list[Tensor]:
     if not isinstance(factor, Tensor):
         return list(torch._foreach_mul(list(tensors), factor))
     if all(tensor.device == factor.device for tensor in tensors):
-        return list(torch._foreach_mul(list(tensors), factor))
-    return [tensor * factor.to(tensor.device) for tensor in tensors]
+        return _as(tensors, torch._foreach_mul(list(tensors), factor))
+    return _as(tensors, [tensor * factor.to(tensor.device) for tensor in tensors])
 
 
 def add(
@@ -72,5 +72,10 @@ def unit(
         return scale(tensors, 0.0 * divisor)
     divisor = divisor / size  # one pass over the tensors, not two
     if all(tensor.device == divisor.device for tensor in tensors):
-        return list(torch._foreach_div(list(tensors), divisor))
-    return [tensor / divisor.to(tensor.device) for tensor in tensors]
+        return _as(tensors, torch._foreach_div(list(tensors), divisor))
+    return _as(tensors, [tensor / divisor.to(tensor.device) for tensor in tensors])
+
+
+def _as(tensors: Sequence[Tensor], results: Sequence[Tensor]) -> list[Tensor]:
+    """Return results in the dtypes of tensors: a scalar by a wider scalar is wider."""
+    return [result.to(tensor.dtype) for tensor, result in zip(tensors, results, strict=True)]

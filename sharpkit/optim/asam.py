@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from sharpkit.errors import SettingsError
 from sharpkit.geometry import Scaling
 from sharpkit.optim import _tensors as tensors
-from sharpkit.optim._checks import at_least_zero
+from sharpkit.optim._checks import at_least_zero, check_list
 from sharpkit.optim._slots import Slot
 from sharpkit.optim.sam import SAM
 
@@ -62,7 +62,7 @@ class ASAM(SAM):
     arXiv 2306.04226, whose code multiplies the layer's norm by :math:`1 + \eta` instead.
     """
 
-    saved_settings = ("rho", "eta")
+    saved_settings = ("rho", "eta", "scaling", "norm")
 
     def __init__(
         self,
@@ -82,6 +82,7 @@ class ASAM(SAM):
             )
         self.eta = at_least_zero("eta", eta)
         self.scaling = scaling
+        check_list("unscaled", unscaled)
         self.unscaled = list(unscaled)
 
     def _size(self, slot: Slot) -> Tensor:

@@ -19,6 +19,7 @@ from sharpkit.optim._checkpoint import KEY, check_method, packed, unpacked
 from sharpkit.optim._checks import (
     at_least_zero,
     check_base,
+    check_group,
     check_not_accumulated,
     check_parameters,
     check_selection,
@@ -26,7 +27,14 @@ from sharpkit.optim._checks import (
     mark_as_used,
 )
 from sharpkit.optim._guards import BufferGuard, RandomState, StatisticsWatch
-from sharpkit.optim._scaling import forget_scaler, found_overflow, unscale_first
+from sharpkit.optim._scaling import (
+    check_still_scaled,
+    clip,
+    forget_scaler,
+    found_overflow,
+    is_unscaled,
+    unscale_first,
+)
 from sharpkit.optim._slots import Displacement, Slot, slots_of
 from sharpkit.optim._wrapper import Wrapper
 
@@ -133,6 +141,7 @@ class SharpnessAware(Wrapper):
         self._begun = False
         self._skipped = False
         self._looked_twice = False
+        self._scaler: Any = None
         self._check_parameters()
 
     # -- what a method says --------------------------------------------------------------
@@ -174,6 +183,7 @@ class SharpnessAware(Wrapper):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer."""
+        check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._check_parameters()
 
@@ -269,9 +279,11 @@ class SharpnessAware(Wrapper):
             self.steps += 1
             if not self._wants_second_pass():
                 return False  # `_finish` unscales
-            if scaler is not None and scaler.is_enabled() and not self._unscale_first(scaler):
-                self._skipped = True
-                return False
+            if scaler is not None and scaler.is_enabled():
+                self._scaler = scaler
+                if not self._unscale_first(scaler):
+                    self._skipped = True
+                    return False
             if self.uses_first_gradient:
                 self._first = self._own_gradients()
             self._perturb()
@@ -283,8 +295,10 @@ class SharpnessAware(Wrapper):
         Without a perturbation it does nothing.
         """
         self._undo()
-        self._watch = None
+        if self._watch is not None:
+            self._watch, self._watched = None, False  # it has seen no whole step
         self._begun = self._skipped = self._looked_twice = False
+        self._scaler = None
         self._first = {}
         self._staged = {}
 
@@ -334,7 +348,8 @@ class SharpnessAware(Wrapper):
         return RandomState(self.parameters()) if self.same_randomness else None
 
     def _move(self, slots: Sequence[Slot], delta: Sequence[Tensor]) -> None:
-        self._displacement = Displacement(slots, delta)
+        self._displacement = Displacement(slots)
+        self._displacement.move(delta)
         torch.clear_autocast_cache()  # autocast around the step keeps casts of the old weights
 
     def _undo(self) -> None:
@@ -363,11 +378,12 @@ class SharpnessAware(Wrapper):
                 scaler.unscale_(self.base)
                 sound = not self._skipped and finite(self._gradients())
             else:
+                self._check_scaler_known()
                 sound = not self._skipped and not found_overflow(self, self._gradients())
             if sound:
                 self._two_passes_done() if self._looked_twice else self._one_pass_done()
                 if self.max_grad_norm is not None:
-                    nn.utils.clip_grad_norm_(self.parameters(), self.max_grad_norm)
+                    clip(self.parameters(), self.max_grad_norm)
             if scaler is not None and scaler.is_enabled():
                 scaler.step(self.base)  # skips by itself after an overflow
             elif sound:
@@ -409,6 +425,7 @@ class SharpnessAware(Wrapper):
         return [p.grad for p in self.parameters() if p.grad is not None]
 
     def _unscale_first(self, scaler: Any) -> bool:
+        check_still_scaled(scaler, self, self.base)
         group = None if self.synchronize else getattr(self.model, "process_group", None)
         return unscale_first(self._gradients(), scaler, group)
 
@@ -439,12 +456,28 @@ class SharpnessAware(Wrapper):
             check_selection(self._selected, self.parameters())
 
     def _check_watch(self) -> None:
-        watch, self._watch = self._watch, None
+        watch = self._watch
         if watch is not None and watch.seen is not None:
             raise SettingsError(
                 f"Expected `model=` for a network with running statistics ({watch.seen}). Got"
                 " none; the perturbed pass would write into them. Give"
                 f" {type(self).__name__}(..., model=model)."
+            )
+        self._watch = None
+
+    def _check_scaler_known(self) -> None:
+        if not hasattr(self, "found_inf"):
+            if self._looked_twice and self._scaler and not is_unscaled(self._scaler, self):
+                raise SettingsError(
+                    "Expected scaler.step(opt) after first_step(scaler=scaler). Got opt.step(),"
+                    " which would step along scaled gradients."
+                )
+        elif self._scaler is not None:
+            check_still_scaled(self._scaler, self.base)
+        elif self._looked_twice:
+            raise SettingsError(
+                "Expected opt.first_step(scaler=scaler) with scaler.step(opt). Got `first_step()`"
+                " without it, which took the scaled gradients for the gradients."
             )
 
     def _check_closure_call(self) -> None:

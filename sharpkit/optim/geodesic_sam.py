@@ -94,6 +94,8 @@ class GeodesicSAM(SharpnessAware):
     Source: metrics and curves of da Silva, Dangel and Oore, ICML 2025, arXiv 2505.05409.
     """
 
+    saved_settings = ("rho", "metric", "order", "damping")
+
     def __init__(
         self,
         base_optimizer: Optimizer,

@@ -28,7 +28,8 @@ class GSAM(SharpnessAware):
     perturbed loss alone and lowers the gap between the two losses. The radius may follow the
     learning rate of the first group,
     :math:`\rho_t = \rho_{\min} + (\rho - \rho_{\min})
-    (\eta_t - \eta_{\min}) / (\eta_{\max} - \eta_{\min})`.
+    (\eta_t - \eta_{\min}) / (\eta_{\max} - \eta_{\min})`; learning rates outside, as in a
+    warm-up, have the radius of the nearer end.
 
     Invariance: orthogonal maps of the parameters, a positive factor on the loss.
 
@@ -87,7 +88,7 @@ class GSAM(SharpnessAware):
         if self.rho_min is None or self.lr_max is None:
             return self.rho
         rate = float(self.param_groups[0]["lr"])
-        share = (rate - self.lr_min) / (self.lr_max - self.lr_min)
+        share = min(max((rate - self.lr_min) / (self.lr_max - self.lr_min), 0.0), 1.0)
         return self.rho_min + (self.rho - self.rho_min) * share
 
     def _perturbation(self, slots: Sequence[Slot]) -> list[Tensor]:

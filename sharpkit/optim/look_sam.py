@@ -61,7 +61,7 @@ class LookSAM(SAM):
 
     takes_sparse = False
     uses_first_gradient = True
-    saved_settings = ("rho", "every", "alpha")
+    saved_settings = ("rho", "norm", "every", "alpha")
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class LookSAM(SAM):
         for parameter, gradient in pairs:
             if parameter in direction:
                 factor = (self.alpha * length).to(gradient)
-                parameter.grad = gradient + factor * direction[parameter]
+                parameter.grad = gradient + (factor * direction[parameter]).to(gradient)
 
     def _after_step(self) -> None:
         self._since = 1 if self._looked_twice else self._since + 1

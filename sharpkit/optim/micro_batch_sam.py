@@ -22,7 +22,8 @@ class MicroBatches(SharpnessAware):
     """Both passes on one micro-batch after the other; put it before a method in the bases.
 
     ``class MicroBatchASAM(MicroBatches, ASAM)`` is ASAM with a perturbation per micro-batch.
-    Methods that keep state or step along both gradients do not fit and are refused.
+    Methods that keep state, step along both gradients or have passes of their own (ESAM,
+    Momentum-SAM) do not fit and are refused.
 
     Args:
         base_optimizer: An instance of a torch optimizer.
@@ -38,10 +39,10 @@ class MicroBatches(SharpnessAware):
     ) -> None:
         self.num_micro_batches = at_least_one("num_micro_batches", num_micro_batches)
         super().__init__(base_optimizer, **options)
-        if self.uses_first_gradient:
+        if self.uses_first_gradient or type(self)._run is not SharpnessAware._run:
             raise SettingsError(
-                "Expected a method that steps along the second gradient alone. Got"
-                f" {type(self).__name__}; it cannot be cut into micro-batches."
+                "Expected a method that steps along the second gradient alone, of two passes of"
+                f" one closure. Got {type(self).__name__}; it cannot be cut into micro-batches."
             )
 
     def shards(self, *batch: Tensor) -> list[tuple[Tensor, ...]]:
@@ -115,19 +116,25 @@ class MicroBatches(SharpnessAware):
             with self._local_gradients():
                 loss = self._pass(closure, index)
             if loss is not None:
+                if isinstance(loss, tuple | list | dict):
+                    raise SettingsError(
+                        "Expected a closure that returns the loss, of which the mean is taken."
+                        f" Got {type(loss).__name__}."
+                    )
                 part = weight * (loss.detach() if isinstance(loss, Tensor) else loss)
                 mean = part if mean is None else mean + part
-            if scaler is not None and not self._unscale_first(scaler):
-                self._skipped = True
-                break
-            self._perturb()
-            if self._staged:
-                raise SettingsError(
-                    "Expected a method that keeps nothing from step to step. Got"
-                    f" {type(self).__name__}; it cannot be cut into micro-batches."
-                )
-            self._again(random, closure, index)
-            self._undo()
+            if self._wants_second_pass():
+                if scaler is not None and not self._unscale_first(scaler):
+                    self._skipped = True
+                    break
+                self._perturb()
+                if self._staged:
+                    raise SettingsError(
+                        "Expected a method that keeps nothing from step to step. Got"
+                        f" {type(self).__name__}; it cannot be cut into micro-batches."
+                    )
+                self._again(random, closure, index)
+                self._undo()
             for parameter in self.parameters():
                 if parameter.grad is None:
                     continue

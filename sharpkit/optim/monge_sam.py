@@ -69,6 +69,8 @@ class MongeSAM(SharpnessAware):
     Momentum-SAM (`MomentumSAM`), "mSAM" the micro-batch form (`MicroBatchSAM`).
     """
 
+    saved_settings = ("rho", "average_over", "neighbours", "spread")
+
     def __init__(
         self,
         base_optimizer: Optimizer,
@@ -86,9 +88,16 @@ class MongeSAM(SharpnessAware):
             raise SettingsError(f"Expected an integer `neighbours` from 0. Got {neighbours!r}.")
         self.neighbours = neighbours
         self.spread = at_least_zero("spread", spread)
-        self.takes_sparse = average_over == 1 and neighbours == 0
         self._generator = torch.Generator().manual_seed(seed)
         self._around: list[dict[Tensor, Tensor]] = []
+
+    @property
+    def takes_sparse(self) -> bool:  # type: ignore[override]
+        """Whether gradients may have rows only: where the metric is of one of them."""
+        return self.average_over == 1 and self.neighbours == 0
+
+    def _num_kept(self) -> int:
+        return (self.average_over - 1) * (1 + self.neighbours)
 
     def _look_around(
         self, closure: Callable[..., Any], scaler: Any, random: RandomState | None
@@ -111,9 +120,10 @@ class MongeSAM(SharpnessAware):
                 )
                 for s in slots
             ]
-            displacement = Displacement(slots, noise)
-            torch.clear_autocast_cache()
+            displacement = Displacement(slots)
             try:
+                displacement.move(noise)
+                torch.clear_autocast_cache()
                 with kept_buffers(self.model):
                     self._again(random, closure)
             finally:
@@ -132,7 +142,7 @@ class MongeSAM(SharpnessAware):
                 " Got `first_step()` by hand."
             )
         rows = [gradient]
-        for others in [*around, *self.memory.values()]:
+        for others in [*around, *list(self.memory.values())[: self._num_kept()]]:
             rows.append(
                 [
                     others[s.parameter] if s.parameter in others else torch.zeros_like(s.gradient)
@@ -149,12 +159,11 @@ class MongeSAM(SharpnessAware):
 
     def _remember(self, slots: Sequence[Slot], around: list[dict[Tensor, Tensor]]) -> None:
         """Stage the gradients of this step, newest first, and drop those too old."""
-        if self.average_over == 1:
+        if self._num_kept() == 0:
             return
         own = self._own_gradients()
         newest = [{s.parameter: own[s.parameter] for s in slots}, *around]
-        kept = (self.average_over - 1) * (1 + self.neighbours)
-        rows = [*newest, *self.memory.values()][:kept]
+        rows = [*newest, *self.memory.values()][: self._num_kept()]
         self._staged = {f"gradient {i}": row for i, row in enumerate(rows)}
 
 

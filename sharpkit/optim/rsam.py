@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -99,7 +100,12 @@ class RSAM(SharpnessAware):
         self.alpha, self.warm_up = float(alpha), warm_up
 
     def _wants_second_pass(self) -> bool:
-        return self.steps > self.warm_up
+        before = self.steps - 1 if self._begun else self.steps
+        return before >= self.warm_up
+
+    def _local_gradients(self) -> AbstractContextManager[Any]:
+        # The only pass of a step goes to the base optimizer: the ranks must agree on it.
+        return super()._local_gradients() if self._wants_second_pass() else nullcontext()
 
     def _perturbation(self, slots: Sequence[Slot]) -> list[Tensor]:
         q = tensors.unit([slot.gradient for slot in slots])

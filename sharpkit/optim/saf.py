@@ -109,8 +109,8 @@ class SAFLoss(TrajectoryLoss):
         rows = indices.to(self.logits.device)
         slots = self.epochs_back + 1
         term = logits.new_zeros((), dtype=torch.promote_types(torch.float32, logits.dtype))
-        if self.active:
-            then = self.epoch - self.epochs_back
+        then = self.epoch - self.epochs_back
+        if self.active and then >= 0:
             known = (self.recorded[rows, then % slots] == then).to(logits.device)
             each = self.divergences(self.logits[rows, then % slots].to(logits.device), logits)
             term = torch.where(known, each, 0).sum() / known.sum().clamp(min=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class SAM(SharpnessAware):
     """
 
     takes_sparse = True
+    saved_settings: ClassVar[tuple[str, ...]] = ("rho", "norm")
 
     def __init__(
         self,

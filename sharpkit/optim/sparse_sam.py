@@ -34,17 +34,12 @@ class _SparseSAM(SharpnessAware):
         delta = tensors.unit([slot.gradient for slot in slots], size=self.rho)
         return [d * mask[slot.parameter].to(d) for d, slot in zip(delta, slots, strict=True)]
 
-    def _num_kept(self) -> int:
-        total = sum(p.numel() for p in self.perturbed_parameters())
+    def _num_kept(self, total: int) -> int:
         return max(1, round((1 - self.sparsity) * total))
 
     def _set_mask(self, flat: Tensor) -> None:
         """Keep a flat mask of all perturbed parameters as one mask per parameter."""
-        parameters = self.perturbed_parameters()
-        parts = torch.split(flat, [p.numel() for p in parameters])
-        self.memory["mask"] = {
-            p: part.reshape(p.shape).to(p.device) for p, part in zip(parameters, parts, strict=True)
-        }
+        self.memory["mask"] = _by_parameter(flat, self.perturbed_parameters())
 
     def _probe(self, closure: Callable[..., Any], *arguments: Any) -> Tensor:
         """Return the gradient of a pass that leaves nothing behind, flat, on the CPU."""
@@ -132,14 +127,15 @@ class FisherSparseSAM(_SparseSAM):
         )
         assert isinstance(fisher, Tensor)
         mask = torch.zeros(len(fisher), dtype=torch.bool)
-        mask[fisher.topk(self._num_kept()).indices] = True
+        mask[fisher.topk(self._num_kept(len(fisher))).indices] = True
         self._set_mask(mask)
 
     def _perturbation(self, slots: Sequence[Slot]) -> list[Tensor]:
-        if "mask" not in self.memory:
+        mask = self.memory.get("mask", {})
+        if any(slot.parameter not in mask for slot in slots):
             raise SettingsError(
-                "Expected `update_mask(closure, num_samples)` before the first step. Got a step"
-                " without a mask."
+                "Expected `update_mask(closure, num_samples)` before the first step, and after"
+                " `add_param_group`. Got a step without a mask."
             )
         return super()._perturbation(slots)
 
@@ -195,10 +191,21 @@ class DynamicSparseSAM(_SparseSAM):
         super().__init__(base_optimizer, rho=rho, sparsity=sparsity, **options)
         self.drop_rate = fraction("drop_rate", drop_rate)
         self._generator = torch.Generator().manual_seed(seed)
-        total = sum(p.numel() for p in self.perturbed_parameters())
+        self.memory["mask"] = self._random_mask(self.perturbed_parameters())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer, with a random mask; the others keep theirs."""
+        super().add_param_group(param_group)
+        mask = self.memory["mask"]
+        new = [p for p in self.perturbed_parameters() if p not in mask]
+        if new:
+            self.memory["mask"] = {**mask, **self._random_mask(new)}
+
+    def _random_mask(self, parameters: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+        total = sum(p.numel() for p in parameters)
         mask = torch.zeros(total, dtype=torch.bool)
-        mask[torch.randperm(total, generator=self._generator)[: self._num_kept()]] = True
-        self._set_mask(mask)
+        mask[torch.randperm(total, generator=self._generator)[: self._num_kept(total)]] = True
+        return _by_parameter(mask, parameters)
 
     @torch.no_grad()
     def update_mask(self, closure: Callable[[], Any], progress: float) -> None:
@@ -223,3 +230,10 @@ class DynamicSparseSAM(_SparseSAM):
         grown = idle[torch.randperm(len(idle), generator=self._generator)[:count]]
         mask[dropped], mask[grown] = False, True
         self._set_mask(mask)
+
+
+def _by_parameter(flat: Tensor, parameters: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    parts = torch.split(flat, [p.numel() for p in parameters])
+    return {
+        p: part.reshape(p.shape).to(p.device) for p, part in zip(parameters, parts, strict=True)
+    }

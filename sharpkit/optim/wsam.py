@@ -56,7 +56,7 @@ class WSAM(SAM):
 
     takes_sparse = False
     uses_first_gradient = True
-    saved_settings = ("rho", "gamma")
+    saved_settings = ("rho", "norm", "gamma", "decouple")
 
     def __init__(
         self,
@@ -81,6 +81,10 @@ class WSAM(SAM):
             return tensors.add(first, sharpness, weight)
         self._sharpness = dict(zip(point, tensors.scale(sharpness, weight), strict=True))
         return first
+
+    def restore(self) -> None:  # noqa: D102
+        super().restore()
+        self._sharpness = {}
 
     @torch.no_grad()
     def _after_step(self) -> None:
