@@ -77,3 +77,30 @@ def test_twenty_kills_change_nothing(tmp_path, undisturbed, runners):
 def test_the_undisturbed_run_measures_each_once(undisturbed):
     started = Counter((undisturbed / "log.txt").read_text().splitlines())
     assert set(started.values()) == {1}
+
+
+@pytest.mark.slow
+def test_a_killed_command_leaves_workers_that_stop_and_a_study_that_goes_on(tmp_path):
+    """The same with two worker processes, whose command is killed and started again."""
+    make(tmp_path, 8)
+    command = [
+        sys.executable, "-m", "sharpkit", "score", str(tmp_path), "-r", str(tmp_path / "recipe.py"),
+        "-o", str(tmp_path / "study.db"), *(a for m in MEASURES for a in ("-m", m)),
+    ]  # fmt: skip
+    whole = tmp_path / "whole.db"
+    subprocess.run([*command, "-o", str(whole)], check=True, capture_output=True)
+    hits = 0
+    for delay in (6.0, 8.0, 10.0, 12.0):
+        process = subprocess.Popen(
+            [*command, "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(timeout=delay)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            hits += 1
+            process.wait()
+    done = subprocess.run([*command, "--workers", "2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert hits > 0
+    assert numbers(tmp_path / "study.db") == numbers(whole)
