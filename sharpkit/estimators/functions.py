@@ -14,7 +14,7 @@ from sharpkit.estimators.deflation import Probes
 from sharpkit.estimators.jackknife import jackknife
 from sharpkit.estimators.protocol import check_positive
 from sharpkit.estimators.quadrature import Quadrature
-from sharpkit.estimators.resolution import resolve
+from sharpkit.estimators.resolution import resolve, sampling_error
 from sharpkit.results import Estimate, Spectrum
 
 __all__ = [
@@ -79,7 +79,7 @@ def renyi_entropy(
     Both traces come from the same probes; the bias of the ratio's logarithm is removed by
     the jackknife. Almost all eigenvalues of a network are near zero, where the magnitude has
     its kink, and few Lanczos steps see too little of them: :func:`resolve` says how much is
-    open, which counts as error beside the jackknife's (``details["unresolved"]``, beside
+    open, which counts as error beside that of the probes (``details["unresolved"]`` and
     ``details["sampling"]``). Where it is the larger one, the estimate has not converged:
     take more steps. Eigenvalues below the rounding level count as zero: for alpha < 1 very
     many of them could matter, and ``details["floor_shift"]`` says by how many nats at most.
@@ -93,16 +93,6 @@ def renyi_entropy(
         SettingsError: If alpha is not positive or the spectrum's name is unknown.
         MeasureError: If the matrix is zero, which has no entropy.
     """
-    return _of_entropy(quadrature, alpha, spectrum, float)
-
-
-def _of_entropy(
-    quadrature: Quadrature,
-    alpha: float,
-    spectrum: SpectrumPart,
-    function: Callable[[float], float],
-    unit: float | None = 1.0,
-) -> Estimate:
     alpha = check_alpha(alpha)
     floor = quadrature.floor
     sizes = _spectrum(spectrum, floor)
@@ -146,10 +136,10 @@ def _of_entropy(
     return _estimate(
         quadrature,
         [scaled, powers],
-        lambda means: function(entropy(means)),
+        entropy,
         details=details,
         notes=notes,
-        unit=unit,
+        unit=1.0,
     )
 
 
@@ -167,25 +157,25 @@ def _estimate(
     found = resolve(quadrature, functions, combine)
     result = jackknife(found.samples, combine)
     unit = abs(result.value) if unit is None else unit
-    converged = found.error <= max(result.error, NEGLIGIBLE * unit)
+    converged = found.error <= max(found.sampling, NEGLIGIBLE * unit)
     if not converged:
-        notes = (*notes, _unresolved(quadrature, found.error, result.error))
+        notes = (*notes, _unresolved(quadrature, found.error, found.sampling))
     return Estimate(
         value=result.value,
-        probe_error=math.hypot(result.error, found.error, ROUNDING * unit),
+        probe_error=math.hypot(found.sampling, found.error, ROUNDING * unit),
         error_kind="stderr",
         converged=converged,
         cost=quadrature.cost,
         details={
             **(details or {}),
-            "sampling": result.error,
+            "sampling": found.sampling,
             "unresolved": found.error,
             "num_probes": len(found.samples),
             "num_steps": quadrature.num_steps,
             "num_locked": quadrature.locked.size,
         },
         notes=notes,
-        dof=len(found.samples) - 1,
+        dof=found.dof,
         draws=result.draws,
     )
 
@@ -245,7 +235,18 @@ def effective_rank(quadrature: Quadrature) -> Estimate:
     Raises:
         MeasureError: If the matrix is zero.
     """
-    return _of_entropy(quadrature, 1.0, "abs", math.exp, unit=None)
+    entropy = renyi_entropy(quadrature, alpha=1.0)
+    rank, error = math.exp(entropy.value), entropy.probe_error or 0.0
+    return replace(
+        entropy,
+        value=rank,
+        probe_error=rank * math.expm1(error),  # the larger side: an exponential is lopsided
+        details={
+            **entropy.details,
+            **{name: rank * entropy.details[name] for name in ("sampling", "unresolved")},
+        },
+        draws=tuple(rank * (1 + d - entropy.value) for d in entropy.draws),
+    )
 
 
 def negative_mass(quadrature: Quadrature) -> Estimate:
@@ -306,8 +307,8 @@ def log_det(
     samples = quadrature.sums(logarithms) + shift
     fewer = max(quadrature.num_steps // 2, 1)
     change = float((samples - shift - quadrature.sums(logarithms, fewer)).mean())
-    error, unresolved = float(samples.std(ddof=1) / math.sqrt(len(samples))), abs(change) / 2
-    value = float(samples.mean())
+    error, dof = sampling_error(quadrature, logarithms, {"gauss": 1.0})
+    value, unresolved = float(samples.mean()), abs(change) / 2
     converged = unresolved <= max(error, NEGLIGIBLE * abs(value))
     return Estimate(
         value=value,
@@ -323,7 +324,7 @@ def log_det(
             "num_steps": quadrature.num_steps,
         },
         notes=() if converged else (_unresolved(quadrature, unresolved, error),),
-        dof=len(samples) - 1,
+        dof=dof,
         draws=tuple(samples.tolist()),
     )
 
