@@ -365,7 +365,9 @@ def test_quadratures_are_exact_for_polynomials(held, steps):
             for power in range(degree + 2):
                 AZ = torch.linalg.matrix_power(rest, power) @ Z
                 truth = (Z * AZ).sum(dim=0).numpy() + (locked.values**power).sum()
-                sums = quadrature.sums(lambda x, power=power: x**power, used, place="zero" if zero else "gauss")
+                sums = quadrature.sums(
+                    lambda x, power=power: x**power, used, place="zero" if zero else "gauss"
+                )
                 if power <= degree:
                     assert sums == pytest.approx(truth, rel=1e-9, abs=1e-9)
                 else:  # and no further
@@ -381,7 +383,11 @@ def test_few_steps_of_a_long_run_are_a_short_run():
     long = quadrature_of(wrap(A), nothing(A), steps=9, seed=2)
     short = quadrature_of(wrap(A), nothing(A), steps=4, seed=2)
     for zero in (False, True):
-        for (x, w), (y, v) in zip(long.rules(4, place="zero" if zero else "gauss"), short.rules(place="zero" if zero else "gauss"), strict=True):
+        for (x, w), (y, v) in zip(
+            long.rules(4, place="zero" if zero else "gauss"),
+            short.rules(place="zero" if zero else "gauss"),
+            strict=True,
+        ):
             assert x == pytest.approx(y, rel=1e-9, abs=1e-9)
             assert w == pytest.approx(v, rel=1e-6, abs=1e-12)
     assert long.extremes()[0] == min(x.min() for x, _ in long.rules())
