@@ -76,6 +76,7 @@ def spectrum(
     num_probes: int = 16,
     num_quadratures: int = 4,
     num_steps: int = 12,
+    max_steps: int = 96,
     alpha: float = 2.0,
     seed: int = 0,
     max_basis: int | None = None,
@@ -96,6 +97,7 @@ def spectrum(
         num_probes: Products for the trace and the Frobenius norm.
         num_quadratures: Short Lanczos runs for the entropies and the density.
         num_steps: Steps of each; more resolve the bulk's density better.
+        max_steps: Up to how many they go on for the entropies and the negative mass.
         alpha: Order of the Renyi sharpness; the usual family comes with it as parts.
         seed: Seed of every random draw.
         max_basis: Most Krylov vectors to hold; None: what a quarter of the memory holds.
@@ -113,7 +115,7 @@ def spectrum(
         (2.0, 2.0)
     """
     _need_objective(objective, "spectrum")
-    runs = {"num_probes": num_quadratures, "num_steps": num_steps}
+    runs = {"num_probes": num_quadratures, "num_steps": num_steps, "max_steps": max_steps}
     requests: list[MeasureRequest] = [
         ("hessian_trace", {"num_probes": num_probes}),
         ("frobenius_norm", {"num_probes": num_probes}),
@@ -129,6 +131,7 @@ def spectrum(
         )
     check_positive("num_quadratures", num_quadratures, minimum=2)
     check_positive("num_steps", num_steps, minimum=1)
+    check_positive("max_steps", max_steps, minimum=1)
     analysis = Analysis(objective, seed=seed, max_basis=max_basis, num_groups=num_groups)
     before = objective.cost
     scores = measure_all(analysis, [parse_request(r) for r in requests])

@@ -18,8 +18,8 @@ from sharpkit.estimators import (
     Locked,
     Probing,
     Quadrature,
+    QuadratureRuns,
     Which,
-    deflated_quadrature,
     deflated_trace,
     frobenius_norm,
     lanczos,
@@ -210,17 +210,46 @@ class Spectral:
         return self.with_data_error(estimate, lambda x: x**2 / scale)
 
     def quadrature(self, *, num_probes: int, num_steps: int) -> Quadrature:
-        """Return short Lanczos runs of the deflated matrix."""
-        return self._once(
-            ("quadrature", num_probes, num_steps),
-            lambda: deflated_quadrature(
+        """Return short Lanczos runs of the deflated matrix, the first steps of the longest."""
+
+        def start() -> QuadratureRuns:
+            return QuadratureRuns(
                 self.operator,
                 self.locked,
                 num_probes=num_probes,
-                num_steps=num_steps,
                 generator=self._generator("probes"),
-            ),
-        )
+            )
+
+        runs = self._once(("runs", num_probes), start)
+        return self._once(("quadrature", num_probes, num_steps), lambda: runs.until(num_steps))
+
+    def resolved(
+        self,
+        number: Callable[[Quadrature], Estimate],
+        *,
+        num_probes: int,
+        num_steps: int,
+        max_steps: int,
+    ) -> tuple[Estimate, Quadrature]:
+        """Return a number of the spectrum, with as many steps as it takes.
+
+        The runs go on, by half or a third at a time, until the number has converged: what
+        the steps leave open is no more than the probes' error. The steps of a number do not
+        depend on those of others, which take what there is.
+
+        Args:
+            number: Makes the estimate of the runs.
+            num_probes: Random vectors.
+            num_steps: Lanczos steps of each to begin with.
+            max_steps: Most steps of each, unless there are more to begin with.
+        """
+        steps = num_steps
+        while True:
+            quadrature = self.quadrature(num_probes=num_probes, num_steps=steps)
+            estimate = number(quadrature)
+            if estimate.converged or steps >= max_steps or quadrature.num_steps < steps:
+                return estimate, quadrature
+            steps = min(_next(num_steps, steps), max_steps)
 
     # -- the data's error ------------------------------------------------------------
 
@@ -409,6 +438,15 @@ class Spectral:
             nodes += [mean - spread, mean, mean + spread]
             weights += [mass / 4, mass / 2, mass / 4]
         return blocks, locked.values[order], np.array(nodes), np.array(weights)
+
+
+def _next(first: int, steps: int) -> int:
+    # The next of first times 1, 3/2, 2, 3, 4, 6, 8, ...: half of most was there before.
+    doubled = first
+    while 2 * doubled <= steps:
+        doubled *= 2
+    between = doubled + (doubled + 1) // 2
+    return between if steps < between < 2 * doubled else 2 * doubled
 
 
 def _centred(draws: tuple[float, ...], value: float) -> tuple[float, ...]:

@@ -288,7 +288,7 @@ def test_special_matrices(name, dtype):
         )  # fewer numbers than steps
         assert quadrature.cost.hvps == operator.num_matvecs - before <= 3 * (len(A) - held.size)
         for zero in (False, True):
-            for x, w in quadrature.rules(zero=zero):
+            for x, w in quadrature.rules(place="zero" if zero else "gauss"):
                 assert np.isfinite(x).all()
                 assert (w >= 0).all()
                 assert w.sum() == pytest.approx(1)
@@ -365,12 +365,14 @@ def test_quadratures_are_exact_for_polynomials(held, steps):
             for power in range(degree + 2):
                 AZ = torch.linalg.matrix_power(rest, power) @ Z
                 truth = (Z * AZ).sum(dim=0).numpy() + (locked.values**power).sum()
-                sums = quadrature.sums(lambda x, power=power: x**power, used, zero=zero)
+                sums = quadrature.sums(
+                    lambda x, power=power: x**power, used, place="zero" if zero else "gauss"
+                )
                 if power <= degree:
                     assert sums == pytest.approx(truth, rel=1e-9, abs=1e-9)
                 else:  # and no further
                     assert np.abs(sums - truth).max() > 1e-5
-            for x, w in quadrature.rules(used, zero=zero):
+            for x, w in quadrature.rules(used, place="zero" if zero else "gauss"):
                 assert len(x) == used + zero
                 assert w.sum() == pytest.approx(1)
                 assert (abs(x).min() < 1e-10 * abs(x).max()) == zero
@@ -381,7 +383,11 @@ def test_few_steps_of_a_long_run_are_a_short_run():
     long = quadrature_of(wrap(A), nothing(A), steps=9, seed=2)
     short = quadrature_of(wrap(A), nothing(A), steps=4, seed=2)
     for zero in (False, True):
-        for (x, w), (y, v) in zip(long.rules(4, zero=zero), short.rules(zero=zero), strict=True):
+        for (x, w), (y, v) in zip(
+            long.rules(4, place="zero" if zero else "gauss"),
+            short.rules(place="zero" if zero else "gauss"),
+            strict=True,
+        ):
             assert x == pytest.approx(y, rel=1e-9, abs=1e-9)
             assert w == pytest.approx(v, rel=1e-6, abs=1e-12)
     assert long.extremes()[0] == min(x.min() for x, _ in long.rules())
@@ -394,7 +400,7 @@ def test_a_zero_node_where_there_is_one_already():
     half = np.linspace(1, 2, 20)
     A = torch.diag(torch.tensor(np.r_[half, -half]))
     quadrature = quadrature_of(wrap(A), nothing(A), steps=5)
-    for x, w in quadrature.rules(zero=True):
+    for x, w in quadrature.rules(place="zero"):
         assert np.isfinite(x).all()
         assert abs(x).min() < 1e-8
         assert w @ x**2 == pytest.approx((half**2).mean(), rel=1e-9)

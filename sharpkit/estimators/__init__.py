@@ -35,7 +35,7 @@ from sharpkit.estimators.krylov import Krylov
 from sharpkit.estimators.lanczos import Which, lanczos
 from sharpkit.estimators.noise_level import NoiseLevel, noise_level
 from sharpkit.estimators.protocol import random_signs
-from sharpkit.estimators.quadrature import Quadrature, deflated_quadrature
+from sharpkit.estimators.quadrature import Quadrature, QuadratureRuns, deflated_quadrature
 from sharpkit.estimators.sketched import hutch_plus_plus
 from sharpkit.estimators.trace import hutchinson_trace
 from sharpkit.estimators.worst_radius import WorstRadius, worst_radius
@@ -51,6 +51,7 @@ __all__ = [
     "Probes",
     "Probing",
     "Quadrature",
+    "QuadratureRuns",
     "SketchedDiagonal",
     "SpectrumPart",
     "Storage",

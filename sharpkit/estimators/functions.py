@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from sharpkit.estimators.deflation import Probes
 from sharpkit.estimators.jackknife import jackknife
 from sharpkit.estimators.protocol import check_positive
 from sharpkit.estimators.quadrature import Quadrature
+from sharpkit.estimators.resolution import resolve, sampling_error
 from sharpkit.results import Estimate, Spectrum
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
 
 SpectrumPart: TypeAlias = Literal["abs", "clipped"]
 
+NEGLIGIBLE = 1e-3  # of a number: no more steps for what is below it
 ROUNDING = 1e-6  # nats: sums of float32 products are no better
 SMALL_SHIFT = 0.01  # nats that eigenvalues below rounding may hide without a word
 
@@ -75,11 +78,11 @@ def renyi_entropy(
 
     Both traces come from the same probes; the bias of the ratio's logarithm is removed by
     the jackknife. Almost all eigenvalues of a network are near zero, where the magnitude has
-    its kink, and few Lanczos steps see too little of them: the rules have a node at zero,
-    the value is extrapolated (as much again as the second half of the steps changed), and
-    that change counts as error beside the jackknife's. Eigenvalues below the rounding level
-    count as zero: for alpha < 1 very many of them could matter, and
-    ``details["floor_shift"]`` says by how many nats at most.
+    its kink, and few Lanczos steps see too little of them: :func:`resolve` says how much is
+    open, which counts as error beside that of the probes (``details["unresolved"]`` and
+    ``details["sampling"]``). Where it is the larger one, the estimate has not converged:
+    take more steps. Eigenvalues below the rounding level count as zero: for alpha < 1 very
+    many of them could matter, and ``details["floor_shift"]`` says by how many nats at most.
 
     Args:
         quadrature: Of the matrix.
@@ -113,31 +116,16 @@ def renyi_entropy(
             return math.log(total)
         return (math.log(powers) - alpha * math.log(total)) / (1 - alpha)
 
-    def samples(steps: int | None = None) -> np.ndarray:
-        first = quadrature.sums(scaled, steps, zero=True)
-        if math.isinf(alpha):
-            return np.stack([first, first], axis=1)
-        powers = quadrature.sums(lambda x: power(scaled(x)), steps, zero=True)
-        return np.stack([first, powers], axis=1)
+    def powers(x: np.ndarray) -> np.ndarray:
+        return scaled(x) if math.isinf(alpha) else power(scaled(x))
 
-    every = samples()
-    result = jackknife(every, entropy)
-    means = every.mean(axis=0)
-    truncation = entropy(means) - entropy(samples(_fewer(quadrature)).mean(axis=0))
-    details = {
-        "alpha": alpha,
-        "spectrum": spectrum,
-        "floor": floor,
-        "truncation": truncation,
-        "num_probes": len(every),
-        "num_steps": quadrature.num_steps,
-        "num_locked": quadrature.locked.size,
-    }
+    details = {"alpha": alpha, "spectrum": spectrum, "floor": floor}
     notes: tuple[str, ...] = ()
     if alpha < 1:
-        below = quadrature.sums(lambda x: (sizes(x) == 0).astype(float), zero=True).mean()
+        below = quadrature.sums(lambda x: (sizes(x) == 0).astype(float), place="zero").mean()
         hidden = below * (floor / largest) ** alpha
-        shift = math.log1p(hidden / max(float(means[1]), 1e-300)) / (1 - alpha)
+        total = float(quadrature.sums(powers, place="zero").mean())
+        shift = math.log1p(hidden / max(total, 1e-300)) / (1 - alpha)
         details["floor_shift"] = shift
         if shift > SMALL_SHIFT:
             notes = (
@@ -145,20 +133,59 @@ def renyi_entropy(
                 f" at it, the entropy would be {shift:.2g} higher. Measure with"
                 " dtype=torch.float64, or use alpha > 1.",
             )
-    return Estimate(
-        value=result.value + truncation,
-        probe_error=math.hypot(result.error, truncation, ROUNDING),
-        error_kind="stderr",
-        cost=quadrature.cost,
+    return _estimate(
+        quadrature,
+        [scaled, powers],
+        entropy,
         details=details,
         notes=notes,
-        dof=len(every) - 1,
-        draws=tuple(d + truncation for d in result.draws),
+        unit=1.0,
     )
 
 
-def _fewer(quadrature: Quadrature) -> int:
-    return max(quadrature.num_steps // 2, 1)
+def _estimate(
+    quadrature: Quadrature,
+    functions: Sequence[Callable[[np.ndarray], np.ndarray]],
+    combine: Callable[[np.ndarray], float],
+    *,
+    details: dict[str, Any] | None = None,
+    notes: tuple[str, ...] = (),
+    unit: float | None = None,
+) -> Estimate:
+    # What a smooth function makes of traces of functions with a kink at zero. The unit is
+    # what small errors are small against: None, the number itself.
+    found = resolve(quadrature, functions, combine)
+    result = jackknife(found.samples, combine)
+    unit = abs(result.value) if unit is None else unit
+    converged = found.error <= max(found.sampling, NEGLIGIBLE * unit)
+    if not converged:
+        notes = (*notes, _unresolved(quadrature, found.error, found.sampling))
+    return Estimate(
+        value=result.value,
+        probe_error=math.hypot(found.sampling, found.error, ROUNDING * unit),
+        error_kind="stderr",
+        converged=converged,
+        cost=quadrature.cost,
+        details={
+            **(details or {}),
+            "sampling": found.sampling,
+            "unresolved": found.error,
+            "num_probes": len(found.samples),
+            "num_steps": quadrature.num_steps,
+            "num_locked": quadrature.locked.size,
+        },
+        notes=notes,
+        dof=found.dof,
+        draws=result.draws,
+    )
+
+
+def _unresolved(quadrature: Quadrature, error: float, sampling: float) -> str:
+    return (
+        f"What {quadrature.num_steps} Lanczos steps leave open of eigenvalues near zero,"
+        f" {error:.2g}, is more than the {len(quadrature.masses)} probes' error,"
+        f" {sampling:.2g}. Give a larger `max_steps`."
+    )
 
 
 def renyi_entropy_of_probes(probes: Probes) -> Estimate:
@@ -209,14 +236,15 @@ def effective_rank(quadrature: Quadrature) -> Estimate:
         MeasureError: If the matrix is zero.
     """
     entropy = renyi_entropy(quadrature, alpha=1.0)
-    rank = math.exp(entropy.value)
-    return Estimate(
+    rank, error = math.exp(entropy.value), entropy.probe_error or 0.0
+    return replace(
+        entropy,
         value=rank,
-        probe_error=rank * (entropy.probe_error or 0.0),
-        error_kind="stderr",
-        cost=entropy.cost,
-        details=entropy.details,
-        dof=entropy.dof,
+        probe_error=rank * math.expm1(error),  # the larger side: an exponential is lopsided
+        details={
+            **entropy.details,
+            **{name: rank * entropy.details[name] for name in ("sampling", "unresolved")},
+        },
         draws=tuple(rank * (1 + d - entropy.value) for d in entropy.draws),
     )
 
@@ -229,28 +257,17 @@ def negative_mass(quadrature: Quadrature) -> Estimate:
     """
     floor = quadrature.floor
 
-    def samples(steps: int | None = None) -> np.ndarray:
-        below = quadrature.sums(lambda x: np.where(x < -floor, -x, 0.0), steps, zero=True)
-        return np.stack([below, quadrature.sums(abs, steps, zero=True)], axis=1)
-
-    every = samples()
-    if every[:, 1].mean() <= floor:
+    if quadrature.sums(abs, place="zero").mean() <= floor:
         raise MeasureError("Expected a matrix that is not zero. Its eigenvalues are all zero.")
+
+    def below(x: np.ndarray) -> np.ndarray:
+        return np.where(x < -floor, -x, 0.0)
 
     def share(means: np.ndarray) -> float:
         return float(means[0] / means[1])
 
-    result = jackknife(every, share)
-    truncation = share(every.mean(axis=0)) - share(samples(_fewer(quadrature)).mean(axis=0))
-    return Estimate(
-        value=min(max(result.value + truncation, 0.0), 1.0),
-        probe_error=math.hypot(result.error, truncation),
-        error_kind="stderr",
-        cost=quadrature.cost,
-        details={"truncation": truncation, "num_probes": len(every)},
-        dof=len(every) - 1,
-        draws=tuple(d + truncation for d in result.draws),
-    )
+    estimate = _estimate(quadrature, [below, np.abs], share, unit=1.0)
+    return replace(estimate, value=min(max(estimate.value, 0.0), 1.0))
 
 
 def log_det(
@@ -280,22 +297,34 @@ def log_det(
         return result
 
     shift = quadrature.dim * math.log(tau)
-    zero = spectrum == "abs"  # a kink, like that of the entropies
-    samples = quadrature.sums(logarithms, zero=zero) + shift
-    coarse = quadrature.sums(logarithms, _fewer(quadrature), zero=zero) + shift
-    truncation = float((samples - coarse).mean())
-    error = float(samples.std(ddof=1) / math.sqrt(len(samples)))
-    # A smooth logarithm converges fast; one with a kink is extrapolated like the entropies.
-    samples = samples + (truncation if zero else 0.0)
+    rounding = quadrature.floor / tau
+    if spectrum == "abs":
+        estimate = _estimate(
+            quadrature, [logarithms], lambda m: float(m[0]) + shift, details={"tau": tau}
+        )
+        return replace(estimate, probe_error=math.hypot(estimate.probe_error or 0.0, rounding))
+    # A smooth logarithm: Gauss rules of half the steps tell what is left.
+    samples = quadrature.sums(logarithms) + shift
+    fewer = max(quadrature.num_steps // 2, 1)
+    change = float((samples - shift - quadrature.sums(logarithms, fewer)).mean())
+    error, dof = sampling_error(quadrature, logarithms, {"gauss": 1.0})
+    value, unresolved = float(samples.mean()), abs(change) / 2
+    converged = unresolved <= max(error, NEGLIGIBLE * abs(value))
     return Estimate(
-        value=float(samples.mean()),
-        probe_error=math.hypot(
-            error, truncation if zero else truncation / 2, quadrature.floor / tau
-        ),
+        value=value,
+        probe_error=math.hypot(error, unresolved, rounding),
         error_kind="stderr",
+        converged=converged,
         cost=quadrature.cost,
-        details={"tau": tau, "truncation": truncation, "num_probes": len(samples)},
-        dof=len(samples) - 1,
+        details={
+            "tau": tau,
+            "sampling": error,
+            "unresolved": unresolved,
+            "num_probes": len(samples),
+            "num_steps": quadrature.num_steps,
+        },
+        notes=() if converged else (_unresolved(quadrature, unresolved, error),),
+        dof=dof,
         draws=tuple(samples.tolist()),
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 from sharpkit import estimators
 from sharpkit.analysis import Analysis
 from sharpkit.estimators.protocol import check_positive
-from sharpkit.measures._entropy import check_quadrature
+from sharpkit.measures._entropy import MAX_STEPS, check_quadrature
 from sharpkit.measures.registry import register
 from sharpkit.results import Estimate
 
@@ -18,7 +18,7 @@ from sharpkit.results import Estimate
     "log_det",
     symbol="log det(|H| + tau I)",
     reference="MacKay 1992, doi:10.1162/neco.1992.4.3.448",
-    cost="24 Lanczos steps and num_probes x num_steps HVPs (48), shared with the entropies",
+    cost="24 Lanczos steps and num_probes x num_steps HVPs (48 to 384), shared with the entropies",
     invariant_to={"permutation", "orthogonal", "key_bias_shift"},
     degree=None,
     nonnegative=False,
@@ -30,6 +30,7 @@ def log_det(
     spectrum: Literal["abs", "signed"] = "abs",
     num_probes: int = 4,
     num_steps: int = 12,
+    max_steps: int = MAX_STEPS,
 ) -> Estimate:
     r"""Logarithm of the determinant of the shifted Hessian, the volume of the minimum.
 
@@ -48,16 +49,23 @@ def log_det(
         spectrum: ``"abs"``: magnitudes of eigenvalues; ``"signed"``: eigenvalues as they are,
             which must all be greater than ``-tau``.
         num_probes: Random vectors, beside the Lanczos run's.
-        num_steps: Lanczos steps of each.
+        num_steps: Lanczos steps of each to begin with.
+        max_steps: Up to how many they go on, while what they leave open of eigenvalues near
+            zero is more than the probes' error.
 
     Raises:
         MeasureError: If an eigenvalue is at most ``-tau``, with ``"signed"``.
     """
-    check_quadrature(num_probes, num_steps)
+    check_quadrature(num_probes, num_steps, max_steps)
     check_positive("tau", tau)
     spectral = analysis.spectral()
-    quadrature = spectral.quadrature(num_probes=num_probes, num_steps=num_steps)
-    estimate = estimators.log_det(quadrature, tau=tau, spectrum=spectrum)
+    estimate, quadrature = spectral.resolved(
+        lambda runs: estimators.log_det(runs, tau=tau, spectrum=spectrum),
+        num_probes=num_probes,
+        num_steps=num_steps,
+        max_steps=max_steps,
+    )
+    first = spectral.quadrature(num_probes=num_probes, num_steps=num_steps)
     wrong = analysis.product_error * float(quadrature.sums(lambda x: abs(x) / tau).mean())
     estimate = replace(estimate, probe_error=math.hypot(estimate.probe_error or 0.0, wrong))
 
@@ -66,4 +74,4 @@ def log_det(
         result: np.ndarray = np.log1p(np.maximum(size / tau, -0.99))
         return result
 
-    return spectral.with_shape_data_error(estimate, quadrature, logarithms)
+    return spectral.with_shape_data_error(estimate, first, logarithms)

@@ -7,7 +7,7 @@ import math
 from sharpkit.analysis import Analysis
 from sharpkit.errors import MeasureError
 from sharpkit.estimators.functions import check_alpha
-from sharpkit.measures._entropy import Spectrum, check_quadrature
+from sharpkit.measures._entropy import MAX_STEPS, Spectrum, check_quadrature
 from sharpkit.measures.registry import register
 from sharpkit.measures.renyi_sharpness import renyi
 from sharpkit.results import Estimate, Part
@@ -17,7 +17,7 @@ from sharpkit.results import Estimate, Part
     "renyi_sharpness_per_layer",
     symbol="mean over layers of -H_alpha(H_ll)",
     reference="Zhang et al. 2025, arXiv:2510.07758",
-    cost="24 Lanczos steps and 48 HVPs of each layer's block",
+    cost="24 Lanczos steps and 48 to 384 HVPs of each layer's block",
     invariant_to={"permutation", "layer_scale", "logit_scale", "key_bias_shift"},
     degree=0,
     nonnegative=False,
@@ -30,6 +30,7 @@ def renyi_sharpness_per_layer(
     spectrum: Spectrum = "abs",
     num_probes: int = 4,
     num_steps: int = 12,
+    max_steps: int = MAX_STEPS,
 ) -> Estimate:
     r"""Renyi sharpness of each layer's weights, and their mean.
 
@@ -52,17 +53,19 @@ def renyi_sharpness_per_layer(
         alpha: Order, greater than 0; inf is allowed.
         spectrum: As for ``renyi_sharpness``.
         num_probes: Random vectors of each layer, beside its Lanczos run's.
-        num_steps: Lanczos steps of each.
+        num_steps: Lanczos steps of each to begin with.
+        max_steps: Up to how many they go on, while what they leave open of eigenvalues near
+            zero is more than the probes' error.
 
     Raises:
         MeasureError: If every layer's block is zero; a single one is left out and named.
     """
-    check_quadrature(num_probes, num_steps)
+    check_quadrature(num_probes, num_steps, max_steps)
     check_alpha(alpha)
     found, zero = {}, []
     for name, layer in analysis.layers().items():
         try:
-            found[name] = renyi(layer, alpha, spectrum, num_probes, num_steps)
+            found[name] = renyi(layer, alpha, spectrum, num_probes, num_steps, max_steps)
         except MeasureError:
             zero.append(name)
         layer.objective.release()
@@ -77,6 +80,7 @@ def renyi_sharpness_per_layer(
         notes.append(f"Left out, as their blocks are zero: {', '.join(zero)}.")
     data = [e.data_error for e in found.values()]
     return Estimate(
+        converged=all(e.converged for e in found.values()),
         value=sum(e.value for e in found.values()) / count,
         probe_error=math.hypot(*(e.probe_error or 0.0 for e in found.values())) / count,
         error_kind="stderr",
