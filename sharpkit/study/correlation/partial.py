@@ -48,7 +48,7 @@ def partial_correlation(matrix: Floats) -> Floats:
     """
     if matrix.shape[1] == 2:
         return np.asarray(matrix[:, 0, 1])
-    fine = np.isfinite(matrix).all(axis=(1, 2))
+    fine = np.asarray(np.isfinite(matrix).all(axis=(1, 2)))
     safe = np.where(fine[:, None, None], matrix, np.eye(matrix.shape[1]))
     cross = safe[:, :2, 2:]
     inverse = np.linalg.pinv(safe[:, 2:, 2:], rcond=1e-9, hermitian=True)

@@ -217,9 +217,7 @@ class _Part:
             variance = variance * n / np.maximum(n - 1, 1)
             noise = weights @ (self.errors / self.scale[0]) ** 2 / n
             fine = variance > TINY
-            return np.where(
-                fine, np.sqrt(1 / (1 + noise / np.where(fine, variance, 1.0))), np.nan
-            )
+            return np.where(fine, np.sqrt(1 / (1 + noise / np.where(fine, variance, 1.0))), np.nan)
         x, e = self.columns[:, 0], self.errors
         spread = np.sqrt(e[:, None] ** 2 + e**2)
         with np.errstate(divide="ignore", invalid="ignore"):

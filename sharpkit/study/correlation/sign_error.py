@@ -23,7 +23,7 @@ EnvironmentKind: TypeAlias = Literal["axis", "step", "settings"]
 
 @dataclass(frozen=True)
 class Environment:
-    """The sign-error in one environment.
+    r"""The sign-error in one environment.
 
     Attributes:
         name: The hyperparameter, with its two values or the two settings.
@@ -32,7 +32,7 @@ class Environment:
         low: Lower end of the 95% bootstrap interval; NaN if there is none.
         high: Upper end.
         pairs: Pairs of models with a weight above 0.
-        effective: Effective number of pairs, :math:`(\\sum w)^2 / \\sum w^2`.
+        effective: Effective number of pairs, :math:`(\sum w)^2 / \sum w^2`.
     """
 
     name: str
@@ -86,7 +86,7 @@ def hoeffding_weights(differences: Floats, num_test: int | None) -> Floats:
 
     Example:
         >>> hoeffding_weights(np.array([0.0, 0.02, 0.05, 1.0]), 10000).round(4).tolist()
-        [0.0, 0.0318, 0.5, 0.5]
+        [0.0, 0.0319, 0.5, 0.5]
 
     Source: Dziugaite et al. 2020, arXiv:2010.11924; formula as in their code.
     """
@@ -96,7 +96,8 @@ def hoeffding_weights(differences: Floats, num_test: int | None) -> Floats:
     if num_test < 1:
         raise SettingsError(f"Expected `num_test` of at least 1. Got {num_test}.")
     sure = np.maximum(0.0, 1 - 2 * np.exp(-2 * num_test * (gaps / 2) ** 2)) ** 2
-    return np.maximum(sure - 0.5, 0.0)
+    weights: Floats = np.maximum(sure - 0.5, 0.0)
+    return weights
 
 
 def sign_error(
