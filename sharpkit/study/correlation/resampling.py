@@ -45,13 +45,11 @@ def draw_counts(sample: Sample, seed: int, num: int = RESAMPLES) -> Floats:
     Clusters are drawn with replacement within their group, as many as the group has.
     """
     rng = np.random.default_rng(seed)
-    groups = [
-        np.flatnonzero(sample.group_of_cluster == g) for g in np.unique(sample.group_of_cluster)
-    ]
     counts = np.zeros((num, sample.num_clusters))
-    for row in counts:
-        for g in groups:
-            row[g] = np.bincount(rng.choice(len(g), len(g)), minlength=len(g))
+    for g in np.unique(sample.group_of_cluster):
+        mine = np.flatnonzero(sample.group_of_cluster == g)
+        drawn = mine[rng.integers(0, len(mine), (num, len(mine)))]
+        np.add.at(counts, (np.arange(num)[:, None], drawn), 1.0)
     return counts
 
 
@@ -60,14 +58,12 @@ def draw_orders(
 ) -> Ints:
     """Return random orders [num, n] of the models that move clusters of one size in a group."""
     rng = np.random.default_rng(seed)
-    blocks = []
+    orders = np.tile(np.arange(len(clusters)), (num, 1))
     for group in _members(clusters, groups):
         for size in sorted({len(c) for c in group}):
-            blocks.append(np.stack([c for c in group if len(c) == size]))
-    orders = np.tile(np.arange(len(clusters)), (num, 1))
-    for order in orders:
-        for same in blocks:
-            order[same] = same[rng.permutation(len(same))]
+            same = np.stack([c for c in group if len(c) == size])
+            moved = np.argsort(rng.random((num, len(same))), axis=1)
+            orders[:, same] = same[moved]
     return orders
 
 
