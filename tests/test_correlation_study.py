@@ -206,7 +206,7 @@ def test_small_studies_say_so():
 def test_the_same_seed_gives_the_same_bits():
     values, meta = zoo()
     frame = long_table(values, meta, error_kind="stderr", probe_error=0.1)
-    kwargs = dict(gap="gap", group="depth", axes=["depth", "lr"], partial=["width"])
+    kwargs = {"gap": "gap", "group": "depth", "axes": ["depth", "lr"], "partial": ["width"]}
     first, second = (correlate_study(frame, **kwargs).to_dict() for _ in range(2))
     assert first == second
     third = correlate_study(frame, **kwargs, seed=1).to_dict()
@@ -230,13 +230,13 @@ def test_wrong_use_is_said():
     values, meta = zoo()
     frame = long_table(values, meta)
     for kwargs, words in (
-        (dict(gap="gup"), "the gap 'gup'"),
-        (dict(gap="gap", group="family"), "'family'"),
-        (dict(gap="gap", measures=["shape"]), "'shape'"),
-        (dict(gap="gap", statistic="tau"), "statistic"),
-        (dict(gap="gap", correction="bonferroni"), "correction"),
-        (dict(gap="gap", converged=Filter(unconverged="flag")), "unconverged"),
-        (dict(gap="gap", converged=Filter(train_loss="ce", max_train_loss=1)), "train loss 'ce'"),
+        ({"gap": "gup"}, "the gap 'gup'"),
+        ({"gap": "gap", "group": "family"}, "'family'"),
+        ({"gap": "gap", "measures": ["shape"]}, "'shape'"),
+        ({"gap": "gap", "statistic": "tau"}, "statistic"),
+        ({"gap": "gap", "correction": "bonferroni"}, "correction"),
+        ({"gap": "gap", "converged": Filter(unconverged="flag")}, "unconverged"),
+        ({"gap": "gap", "converged": Filter(train_loss="ce", max_train_loss=1)}, "train loss 'ce'"),
     ):
         with pytest.raises(SettingsError, match=words):
             correlate_study(frame, **kwargs)

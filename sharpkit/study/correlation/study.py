@@ -103,8 +103,9 @@ def correlate_study(
     values (the measured ones where they have no error); ``p`` by permutation and
     ``p_adjusted`` for the number of measures. With a group the same with the ending
     ``_within``, and ``disagree`` where the pooled interval excludes 0 and the other does not, or
-    where the signs differ and one of the intervals excludes 0. With covariates the ending ``_partial``, within
-    groups if there are groups. With axes ``psi`` and ``sign_error``, ``robust_sign_error``.
+    where the signs differ and one of the intervals excludes 0. With covariates the ending
+    ``_partial``, within groups if there are groups. With axes ``psi`` and ``sign_error``,
+    ``robust_sign_error``.
 
     Args:
         scores: The long table; see :func:`~.study_frame.select_models`.
