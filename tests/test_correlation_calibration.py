@@ -110,16 +110,14 @@ def test_without_the_correction_noise_hides_the_truth():
     assert covered[1] < 45
 
 
-def p_values(kind, trials, statistic="kendall"):
+def p_values(kind, trials, statistic="kendall", n=24):
     rng = np.random.default_rng(13)
     found = []
     for _ in range(trials):
         size = 3 if "clusters" in kind else 1
-        x, y, _, cluster, group = study(
-            rng, 24, 0.0, size=size, groups=2 if "groups" in kind else 1
-        )
+        x, y, _, cluster, group = study(rng, n, 0.0, size=size, groups=2 if "groups" in kind else 1)
         if kind == "partial":  # x and y have nothing in common but z
-            z = rng.normal(size=(24, 1))
+            z = rng.normal(size=(n, 1))
             x, y = x + 1.3 * z[:, 0], np.exp(y + 1.3 * z[:, 0])
         orders = draw_orders(cluster, group, rng, 199)
         if kind == "partial":
@@ -146,7 +144,8 @@ def test_p_values_are_uniform_under_the_null(kind):
 def test_p_values_are_uniform_under_the_null_at_length(kind, statistic):
     if (kind, statistic) == ("partial", "pearson"):
         pytest.skip("the null hypothesis of this study is not linear")
-    assert_uniform(p_values(kind, 2000, statistic))
+    # Tau of few models takes few values, and its ties make p larger: 2% at most with 60.
+    assert_uniform(p_values(kind, 2000, statistic, n=60))
 
 
 def test_p_values_that_forget_groups_or_clusters_are_not_uniform():
