@@ -6,6 +6,7 @@ as it stands, in one line.
 
 __all__ = [
     "CheckpointError",
+    "DistributedError",
     "MeasureError",
     "ObjectiveError",
     "OperatorError",
@@ -55,6 +56,10 @@ class CheckpointError(SharpkitError):
 
 class RecipeError(SharpkitError):
     """A recipe file does not say how to build the model, the loss and the data."""
+
+
+class DistributedError(SharpkitError):
+    """Processes that measure together do not do the same, or one of them is gone."""
 
 
 class SharpkitWarning(UserWarning):

@@ -5,7 +5,7 @@ import torch
 from cases import RAGGED, mlp, plain, relative, seeded
 
 import sharpkit as sk
-from sharpkit import analysis as module
+from sharpkit.objective import objective as module
 from sharpkit.analysis import Analysis
 from sharpkit.errors import MeasureError
 from sharpkit.estimators import SketchedDiagonal
