@@ -6,6 +6,7 @@ exception on one rank is told to the others in the same call, and none waits for
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import zlib
@@ -30,6 +31,7 @@ Shape: TypeAlias = "tuple[tuple[int, ...], torch.dtype]"
 LIMBS = (0, 8, 16)  # 24 bits that must agree travel in bytes, which sums of any dtype hold
 HEAD = 1 + 2 * len(LIMBS)
 MOST_RANKS = 256  # whose bytes, squared and summed, float32 still counts exactly
+_NUMBERS = itertools.count()  # teams are made in the same order on all ranks
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}  # by bytes
 
 
@@ -61,7 +63,7 @@ class Team:
         self.rank, self.size, self.num_sums = 0, 1, 0
         self._group: dist.ProcessGroup | None = None
         self._broken = ""
-        self._calls, self._purpose = 0, ""
+        self._calls, self._purpose, self._name = 0, "", ""
         self._crowd: int | None = None
         if group is None:
             return
@@ -86,7 +88,7 @@ class Team:
                 "Expected `process_group` to be None, 'world' or a group of torch.distributed"
                 f" of which this process is a member. Got {type(group).__name__}."
             )
-        self._group = group
+        self._group, self._name = group, f"team {next(_NUMBERS)}"
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.size > MOST_RANKS:
             raise SettingsError(f"Expected at most {MOST_RANKS} ranks. Got {self.size}.")
@@ -120,6 +122,9 @@ class Team:
     def begin(self, purpose: str) -> None:
         """Say what comes next: ranks that do different things are told apart by it."""
         self._purpose = purpose
+
+    def _place(self) -> str:
+        return f"{self._name}: {self._purpose}: call {self._calls}"
 
     # -- sums ------------------------------------------------------------------------
 
@@ -180,6 +185,27 @@ class Team:
             self._diverged(same)
         return [sums[i] for i in range(len(shapes))]
 
+    def join(self, part: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return the rows of all ranks, ``[sum of lengths, b]``, by one all-gather.
+
+        Args:
+            part: This rank's rows, ``[length, b]``.
+            lengths: How many each rank has.
+        """
+        if self.alone:
+            return part
+        self._check()
+        self._calls += 1
+        mine = part.new_zeros(max(lengths), part.shape[1])
+        mine[: len(part)] = part
+        mine = mine.cpu() if self._through_host else mine
+        found = [torch.empty_like(mine) for _ in lengths]
+        try:
+            dist.all_gather(found, mine, group=self._group)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return torch.cat([rows[:n] for rows, n in zip(found, lengths, strict=True)]).to(part.device)
+
     def _all_reduce(self, flat: Tensor) -> Tensor:
         self.num_sums += 1
         wire = flat.cpu() if self._through_host else flat
@@ -195,7 +221,7 @@ class Team:
 
     def _mark(self, same: Sequence[Tensor]) -> Tensor:
         # 24 bits of the call's number, its purpose, and the bits of what must be the same.
-        known = zlib.crc32(f"{self._purpose} {self._calls}".encode())
+        known = zlib.crc32(self._place().encode())
         total: Any = known
         for tensor in same:
             total = total * 31 + checksum(tensor)
@@ -226,7 +252,7 @@ class Team:
         except Exception as error:
             failure = error
         self._check(failure)
-        here = f"{self._purpose} {self._calls}"
+        here = self._place()
         found = self._exchange((here, failure is not None, value))
         if any(failed for _, failed, _ in found):
             self._raise(failure)
@@ -262,9 +288,9 @@ class Team:
 
     def _diverged(self, same: Sequence[Tensor]) -> None:
         sums = [int(checksum(tensor)) for tensor in same]
-        found = self._exchange((self._purpose, self._calls, sums))
+        found = self._exchange((self._place(), sums))
         odd = [r for r, other in enumerate(found) if other != found[0]]
-        ways = len({other[:2] for other in found}) > 1
+        ways = len({other[0] for other in found}) > 1
         what = "do different things" if ways else "have other vectors or parameters"
         self._broken = (
             "Expected all ranks to do the same with the same numbers. Ranks"

@@ -46,6 +46,11 @@ def first_pass(evaluator: Evaluator, theta: Named, *, budget: int, check: bool) 
 
     found = team.gather(read)
     own = found[team.rank]
+    if team.shares_probes and any(part.marks != own.marks for part in found):
+        raise ObjectiveError(
+            "Expected the same data on all ranks, as they share out the probes. Got different"
+            " ones. Give every rank all the data, or take share='data'."
+        )
     evaluator.take_in(own.sizes, own.marks)
     if evaluator.num_batches == 0:
         raise ObjectiveError(

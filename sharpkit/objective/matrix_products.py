@@ -64,8 +64,11 @@ class MatrixProducts:
         self._shared.hvps += V.shape[1]
         if V.shape[1]:
             self._hessian.choose()
-        if self._hessian.by_differences and self.team.shares_data:
-            total = self._hessian(V)  # each gradient is summed by itself
+        if self._hessian.by_differences:
+            total = self._hessian(V)  # each gradient is a sum over ranks by itself
+            shape = (len(self._leaves) + 1,)
+            (noted,) = self._over_data(lambda: [self._usage.noted()], [(shape, torch.float64)])
+            self._usage.report(noted)
         else:
             total = self._over_ranks(self._hessian, V)
         return total if vectors.ndim == 2 else total[:, 0]
