@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import distributed_worker as worker
 import pytest
 import torch
-from distributed_worker import ALL, LAYOUTS, PRODUCTS, SCORED, SLOWLY_SCORED
+from distributed_worker import ALL, LAYOUTS, MEASURED, PRODUCTS, SCORED, SLOWLY_SCORED
 
 import sharpkit as sk
 from sharpkit.errors import SettingsError
+from sharpkit.estimators import basis
+from sharpkit.objective import checks
 from sharpkit.team import SOLO, Team, checksum, interleaved
 
 HERE = Path(__file__).parent
@@ -24,31 +27,47 @@ def environment():
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def together(folder, size, speed="fast"):
-    """What each rank saved."""
+def together(folder, speed):
+    """What each of three ranks saved, alone with a second one and together."""
     processes = [
         subprocess.Popen(
-            [sys.executable, HERE / "distributed_worker.py", str(rank), str(size),
-             folder / "store", folder, speed],
+            [sys.executable, HERE / "distributed_worker.py", str(rank), folder / "store",
+             folder, speed],
             env=environment(),
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(size)
+        for rank in range(3)
     ]  # fmt: skip
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=500)
+            _, errors = process.communicate(timeout=900)
             assert process.returncode == 0, errors
     finally:
         for process in processes:
             process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+    saved = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(3)]
+    return {size: [found[size] for found in saved[:size]] for size in (2, 3)}
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks, one empty"])
-def ranks(request, tmp_path_factory):
-    return together(tmp_path_factory.mktemp("ranks"), request.param)
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    return together(tmp_path_factory.mktemp("ranks"), "fast")
+
+
+@pytest.fixture(scope="module")
+def slow_groups(tmp_path_factory):
+    return together(tmp_path_factory.mktemp("slow"), "slow")
+
+
+@pytest.fixture(params=[2, 3], ids=["2 ranks", "3 ranks, one empty"])
+def ranks(request, groups):
+    return groups[request.param]
+
+
+@pytest.fixture
+def three(groups):
+    return groups[3]
 
 
 def same(found, expected, tolerance=TOLERANCE):
@@ -73,12 +92,25 @@ def identical(a, b):
     return a == b or (a != a and b != b)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_what_the_data_say_is_that_of_one_process(ranks, name):
+def equal_readings(ranks, name):
     expected, _ = worker.readings(worker.objective(ALL[name], len(ranks)))
     for rank in ranks:
         same(rank[name][0], expected)
         assert identical(rank[name], ranks[0][name])
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [(size, name) for size, names in MEASURED.items() for name in names]
+)
+def test_what_the_data_say_is_that_of_one_process(groups, size, name):
+    equal_readings(groups[size], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", ALL)
+def test_every_case_is_that_of_one_process(slow_groups, size, name):
+    equal_readings(slow_groups[size], name)
 
 
 def test_a_hessian_product_is_that_of_the_dense_matrix(ranks):
@@ -94,40 +126,42 @@ def test_a_hessian_product_is_that_of_the_dense_matrix(ranks):
 
 def test_a_block_of_products_takes_one_all_reduce(ranks):
     for rank in ranks:
-        for name in ALL:
+        for name in MEASURED[len(ranks)]:
             assert rank[name][1] == dict.fromkeys([*PRODUCTS, "gradient"], 1)
 
 
-def test_every_way_of_products_agrees(ranks):
-    expected = worker.ways(ALL["mlp, cross-entropy"], len(ranks))
+def test_every_way_of_products_agrees(three):
+    expected = worker.ways(ALL["mlp, cross-entropy"], len(three))
     by_differences = expected.pop("central_difference")
-    for rank in ranks:
+    for rank in three:
         ways = dict(rank["ways"])
         same({"differences": ways.pop("central_difference")}, {"differences": by_differences}, 1e-6)
         same(ways, expected)
 
 
-def test_a_batch_loss_sums_terms_over_ranks(ranks):
-    expected = worker.from_batch_loss(len(ranks))
-    for rank in ranks:
+def test_a_batch_loss_sums_terms_over_ranks(three):
+    expected = worker.from_batch_loss(len(three))
+    for rank in three:
         same(rank["batch loss"], expected)
 
 
-def test_the_users_model_is_left_alone(ranks):
-    assert all(rank["untouched"] for rank in ranks)
+def test_the_users_model_is_left_alone(three):
+    assert all(rank["untouched"] for rank in three)
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("size", "name", "options"),
     [
-        ("eigenpairs", {}),
-        ("sharded eigenpairs", {}),
-        ("sharded restarts", {"max_basis": 24}),
-        ("sharded blocks", {"block_size": 2}),
+        (3, "eigenpairs", {}),
+        (2, "sharded eigenpairs", {}),
+        (3, "sharded eigenpairs", {}),
+        (3, "sharded restarts", {"max_basis": 20}),
+        (3, "sharded blocks", {"block_size": 2}),
     ],
 )
-def test_eigenpairs_are_those_of_one_process(ranks, name, options):
-    expected = worker.eigenpairs(worker.wide(len(ranks)), **options)
+def test_eigenpairs_are_those_of_one_process(groups, size, name, options):
+    ranks = groups[size]
+    expected = worker.eigenpairs(worker.wide(size), **options)
     for rank in ranks:
         same({"values": rank[name]["values"]}, {"values": expected["values"]}, 1e-10)
         same({"vectors": rank[name]["vectors"]}, {"vectors": expected["vectors"]}, 1e-6)
@@ -143,9 +177,9 @@ def test_each_rank_holds_its_share_of_the_basis(ranks):
         same({"ritz": rank["krylov"][1]}, {"ritz": values}, 1e-10)
 
 
-def test_probes_shared_out_are_the_same_bits(ranks):
-    expected = worker.probes(len(ranks))
-    for rank in ranks:
+def test_probes_shared_out_are_the_same_bits(groups):
+    expected = worker.probes(2)
+    for rank in groups[2]:
         same(rank["probes"], expected, 1e-10)
         for name in PRODUCTS:
             assert torch.equal(rank["probes"][name], expected[name])
@@ -177,33 +211,31 @@ def equal_scores(ranks, name, tolerance):
                 assert identical(x, y) or abs(x - y) <= 1e-5 * scale, label
 
 
-def test_scores_are_those_of_one_process(ranks):
-    for name in SCORED[len(ranks)]:
-        equal_scores(ranks, name, 1e-8)
+def test_scores_are_those_of_one_process(groups):
+    equal_scores(groups[2], SCORED, 1e-8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
-def test_scores_of_other_networks_are_those_of_one_process(size, tmp_path):
-    ranks = together(tmp_path, size, "slow")
-    for name in SLOWLY_SCORED:
-        equal_scores(ranks, name, 1e-8)
+@pytest.mark.parametrize("name", SLOWLY_SCORED)
+def test_scores_of_other_networks_are_those_of_one_process(slow_groups, size, name):
+    equal_scores(slow_groups[size], name, 1e-8)
 
 
 # -- what goes wrong -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["value", "gradient", "hvp", "groups"])
-def test_an_error_on_one_rank_is_raised_on_all(ranks, name):
-    said = [rank["failures"][name] for rank in ranks]
+def test_an_error_on_one_rank_is_raised_on_all(three, name):
+    said = [rank["failures"][name] for rank in three]
     assert said[1][0] == "ValueError: no luck"
     others = [text for i, (text, _) in enumerate(said) if i != 1]
     assert others == ["DistributedError: Rank 1: ValueError: no luck"] * len(others)
     assert max(seconds for _, seconds in said) < 20
 
 
-def test_an_error_does_not_end_the_measurement(ranks):
-    assert all(rank["failures"]["goes on"][0] == "" for rank in ranks)
+def test_an_error_does_not_end_the_measurement(three):
+    assert all(rank["failures"]["goes on"][0] == "" for rank in three)
 
 
 @pytest.mark.parametrize(
@@ -223,11 +255,11 @@ def test_an_error_does_not_end_the_measurement(ranks):
         ("margins", "MeasureError"),
     ],
 )
-def test_all_ranks_say_the_same(ranks, name, sentence):
-    for rank in ranks:
+def test_all_ranks_say_the_same(three, name, sentence):
+    for rank in three:
         text, seconds = rank["failures"][name]
         assert sentence in text
-        assert text == ranks[0]["failures"][name][0]
+        assert text == three[0]["failures"][name][0]
         assert seconds < 20
 
 
@@ -240,7 +272,8 @@ def test_one_process_shares_nothing():
     for options in ({}, {"share": "probes"}):
         world = case.objective(process_group="world", **options)
         assert torch.equal(world.gradient(), alone.gradient())
-        assert world.team.alone and world.team.num_sums == 0
+        assert world.team.alone
+        assert world.team.num_sums == 0
         assert repr(world) == repr(alone)
 
 
@@ -332,7 +365,8 @@ def test_loaders_that_shuffle_and_single_batches_are_refused(monkeypatch):
 def test_a_solo_team_gives_back_what_it_is_given():
     ones = torch.ones(2)
     assert SOLO.sum(lambda: [ones], [((2,), ones.dtype)], ones.device)[0] is ones
-    assert SOLO.gather(lambda: 3) == [3] and SOLO.first(lambda: 3) == 3
+    assert SOLO.gather(lambda: 3) == [3]
+    assert SOLO.first(lambda: 3) == 3
     assert SOLO.join(ones[:, None], [2]).shape == (2, 1)
     assert interleaved([[], [1]]) == [1]
     assert int(checksum(torch.zeros(0))) == 0
@@ -342,3 +376,68 @@ def test_layouts_hold_every_batch_in_order():
     for sizes, owned in LAYOUTS.values():
         assert interleaved(owned) == list(range(len(sizes)))
         assert sum(sizes) == 11
+
+
+# -- the page ------------------------------------------------------------------------------
+
+PAGE = (HERE.parent / "docs" / "distributed.md").read_text()
+
+
+def script(folder):
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    path = folder / "measure.py"
+    path.write_text(code)
+    return path
+
+
+def run_script(folder, *launcher):
+    done = subprocess.run(
+        [sys.executable, *launcher, script(folder)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(line.split() for line in done.stdout.splitlines())
+
+
+@pytest.mark.slow
+def test_the_pages_script_says_the_same_alone_and_under_torchrun(tmp_path):
+    alone = run_script(tmp_path)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert len(alone) == 2
+    assert run_script(tmp_path, *launcher) == alone
+
+
+def test_the_pages_command_and_names_exist():
+    assert "torchrun --nproc-per-node 2 measure.py" in PAGE
+    assert basis.SHARED == 16384
+    assert checks.HEAD_EXAMPLES == 64
+
+
+@pytest.mark.slow
+def test_ranks_that_go_different_ways_end_and_do_not_wait(tmp_path):
+    path = tmp_path / "torn.py"
+    path.write_text(
+        "import sys, torch, sharpkit as sk, distributed_worker as worker\n"
+        "import torch.distributed as dist\n"
+        "rank = int(sys.argv[1])\n"
+        "dist.init_process_group('gloo', init_method='file://' + sys.argv[2], rank=rank,"
+        " world_size=2)\n"
+        "worker.GROUPS[2] = 'world'\n"
+        "made = worker.objective(worker.ALL['mlp, cross-entropy'], 2, rank)\n"
+        "made.gradient() if rank else made.hvp(worker.vectors(made))\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, path, str(rank), tmp_path / "store"],
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert all(process.returncode for process in processes)
+    assert any("Expected all 2 ranks to take part in a sum" in text for text in said)
