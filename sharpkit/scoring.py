@@ -19,7 +19,7 @@ from sharpkit.errors import MeasureError, SettingsError, SharpkitError, Sharpkit
 from sharpkit.geometry.canonical import canonical_form
 from sharpkit.objective import Objective
 from sharpkit.objective.states import state_of
-from sharpkit.results import Cost, Score, Scores
+from sharpkit.results import Score, Scores
 
 __all__ = ["ALL", "MeasureRequest", "measure_all", "parse_request", "score"]
 
@@ -234,9 +234,7 @@ def _one(
         error = text if isinstance(failure, SharpkitError) else f"{type(failure).__name__}: {text}"
         warnings.warn(f"{measure.name} failed: {error}", SharpkitWarning, stacklevel=3)
     # Seconds, and what is kept in memory, are the first rank's.
-    spent, how = team.first(
-        lambda: (analysis.objective.cost - before, analysis.objective.hvp_mode)
-    )
+    spent, how = team.first(lambda: (analysis.objective.cost - before, analysis.objective.hvp_mode))
     if estimate is not None:
         estimate = replace(estimate, cost=spent)
     mode = {"hvp_mode": how} if spent.hvps else {}
