@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 import socket
 import zlib
 from collections.abc import Callable, Sequence
@@ -246,19 +247,19 @@ class Team:
         self._check()
         self._calls += 1
         failure: BaseException | None = None
-        value: T | None = None
+        packed = b""
         try:
-            value = work()
+            packed = pickle.dumps(work())  # here, where what cannot be packed is told to all
         except Exception as error:
             failure = error
         self._check(failure)
         here = self._place()
-        found = self._exchange((here, failure is not None, value))
+        found = self._exchange((here, failure is not None, packed))
         if any(failed for _, failed, _ in found):
             self._raise(failure)
         if len({there for there, _, _ in found}) > 1:
             self._diverged(())
-        return [value for _, _, value in found]
+        return [pickle.loads(packed) for _, _, packed in found]
 
     def first(self, work: Callable[[], T]) -> T:
         """Return what ``work()``, called on all ranks, returned on the first: a decision."""

@@ -248,6 +248,8 @@ def failures(size, rank):
     found["settings"] = attempt(lambda: make(params="0.*" if rank == 1 else "2.*"))
     found["other data for probes"] = attempt(lambda: make(share="probes"))
     found["no terms"] = attempt(lambda: make(data=[(x, y - y - 100) for x, y in batches]))
+    unsendable = (lambda: 0) if rank == 1 else 0
+    found["unsendable"] = attempt(lambda: made.team.gather(lambda: unsendable))
     torn = made.at(made.theta)
     found["vectors"] = attempt(lambda: torn.hvp(v + rank * 1e-15 * torch.ones_like(v)))
     found["afterwards"] = attempt(lambda: made.value())
