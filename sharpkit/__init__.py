@@ -11,6 +11,7 @@
 
 from importlib.metadata import version
 
+from sharpkit import distributed
 from sharpkit.analysis import Analysis
 from sharpkit.auditing import AuditResult, audit
 from sharpkit.errors import SharpkitError, SharpkitWarning
@@ -43,6 +44,7 @@ __all__ = [
     "audit",
     "canonicalize",
     "compare",
+    "distributed",
     "empirical_fisher",
     "ggn",
     "hessian",

@@ -27,7 +27,6 @@ from sharpkit.estimators import (
 from sharpkit.geometry.layouts import Factorization, find_pairs
 from sharpkit.objective import Objective
 from sharpkit.objective.groups import GroupForms
-from sharpkit.objective.memory import available_memory
 from sharpkit.operators import OptimizerState, SymmetricOperator, congruent, ggn, hessian
 from sharpkit.parameters import group_slices
 from sharpkit.spectral import Spectral
@@ -262,7 +261,8 @@ class Analysis:
         space = self.objective.space
         if self._max_basis is not None:
             return self._max_basis if self._max_basis < space.dim else None
-        rows = available_memory(space.device) // (BASIS_SHARE * space.dim * space.dtype.itemsize)
+        room = self.objective.free_memory * self.objective.team.size  # each rank has its rows
+        rows = room // (BASIS_SHARE * space.dim * space.dtype.itemsize)
         return None if rows >= min(space.dim, MOST_STEPS) else max(rows, FEWEST_BASIS)
 
     def eigenpairs(
@@ -341,7 +341,7 @@ class Analysis:
     def _xdiag(self, num_probes: int) -> SketchedDiagonal:
         space, count = self.objective.space, num_probes - num_probes % 2
         needed = 2 * count * space.dim * space.dtype.itemsize
-        room = available_memory(space.device) // BASIS_SHARE
+        room = self.objective.free_memory // BASIS_SHARE
         if needed > room:
             raise MeasureError(
                 f"Expected memory for the {2 * count} vectors of P that method='xdiag' keeps:"

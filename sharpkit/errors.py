@@ -6,6 +6,7 @@ as it stands, in one line.
 
 __all__ = [
     "CheckpointError",
+    "DistributedError",
     "MeasureError",
     "ObjectiveError",
     "OperatorError",
@@ -60,6 +61,10 @@ class RecipeError(SharpkitError):
 
 class StoreError(SharpkitError):
     """A study's file cannot be read or written, or is none."""
+
+
+class DistributedError(SharpkitError):
+    """Processes that measure together do not do the same, or one of them is gone."""
 
 
 class SharpkitWarning(UserWarning):

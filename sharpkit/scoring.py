@@ -20,7 +20,7 @@ from sharpkit.errors import MeasureError, SettingsError, SharpkitError, Sharpkit
 from sharpkit.geometry.canonical import canonical_form
 from sharpkit.objective import Objective
 from sharpkit.objective.states import state_of
-from sharpkit.results import Cost, Score, Scores, to_plain
+from sharpkit.results import Score, Scores, to_plain
 
 __all__ = [
     "ALL",
@@ -324,6 +324,8 @@ def _one(
     seed: int,
     origin: Mapping[str, Any],
 ) -> Score:
+    team = analysis.objective.team
+    team.begin(measure.name)
     before = analysis.objective.cost
     estimate, error = None, None
     try:
@@ -332,10 +334,11 @@ def _one(
         text = " ".join(str(failure).split())
         error = text if isinstance(failure, SharpkitError) else f"{type(failure).__name__}: {text}"
         warnings.warn(f"{measure.name} failed: {error}", SharpkitWarning, stacklevel=3)
-    spent: Cost = analysis.objective.cost - before
+    # Seconds, and what is kept in memory, are the first rank's.
+    spent, how = team.first(lambda: (analysis.objective.cost - before, analysis.objective.hvp_mode))
     if estimate is not None:
         estimate = replace(estimate, cost=spent)
-    mode = {"hvp_mode": analysis.objective.hvp_mode} if spent.hvps else {}
+    mode = {"hvp_mode": how} if spent.hvps else {}
     if spent.hvps and analysis.objective.hvp_error:
         mode["hvp_relative_error"] = str(analysis.objective.hvp_error)
     return Score(measure.name, estimate, dict(settings), seed, {**origin, **mode}, error)

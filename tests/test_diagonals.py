@@ -5,10 +5,10 @@ import torch
 from cases import RAGGED, mlp, plain, relative, seeded
 
 import sharpkit as sk
-from sharpkit import analysis as module
 from sharpkit.analysis import Analysis
 from sharpkit.errors import MeasureError
 from sharpkit.estimators import SketchedDiagonal
+from sharpkit.objective import objective as module
 
 
 def test_the_sketched_diagonal_is_the_hessians_within_its_errors():

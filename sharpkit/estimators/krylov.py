@@ -144,19 +144,21 @@ class Krylov:
         # Returns what is left, and the first pass's coefficients. One pass is enough where
         # it takes away less than the share of what is left; twice is always enough.
         first: tuple[Tensor, Tensor | None] | None = None
+        basis, W = self.basis, self.basis.part(W)
+        locked = None if self.locked is None else basis.part(self.locked)
         for _ in range(2):
-            along = self.basis.coefficients(W)
-            W = self.basis.subtract(W, along)
+            along = basis.coefficients(W)
+            W = basis.subtract(W, along)
             held = None
-            if self.locked is not None:
-                held = self.locked.T @ W
-                W = torch.addmm(W, self.locked, held, alpha=-1)
+            if locked is not None:
+                held = basis.summed(locked.T @ W)
+                W = torch.addmm(W, locked, held, alpha=-1)
             first = first or (along, held)
             taken = float(along.norm()) + (0.0 if held is None else float(held.norm()))
-            if taken <= enough * float(W.norm()):
+            if taken <= enough * basis.norm(W):
                 break
         assert first is not None
-        return W, *first
+        return basis.whole(W), *first
 
     # -- steps -----------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ from sharpkit.errors import MeasureError
 from sharpkit.estimators.noise_scale import NoiseScale, noise_scale
 from sharpkit.estimators.protocol import check_positive
 from sharpkit.measures.registry import register
-from sharpkit.objective.memory import available_memory
 from sharpkit.results import Cost, Estimate
 
 BLOCKS = 20  # of groups, left out in turn
@@ -56,7 +55,7 @@ def gradient_noise_scale(analysis: Analysis, *, group_size: int | None = None) -
     check_positive("group_size", group_size, minimum=1)
     expected = -(-objective.num_examples // group_size)
     space = objective.space
-    room = available_memory(space.device) // (SHARE * 8 * space.dim)
+    room = objective.free_memory // (SHARE * 8 * space.dim)
     blocks = min(BLOCKS, expected, room)
     if blocks < FEWEST:
         raise MeasureError(

@@ -14,7 +14,6 @@ from sharpkit.measures._ball import Chart, ascend
 from sharpkit.measures._groups import UNKNOWN, centred
 from sharpkit.measures.registry import register
 from sharpkit.objective.groups import group_error
-from sharpkit.objective.memory import available_memory
 from sharpkit.results import Estimate
 
 MEMORY_SHARE = 4  # of the free memory, a quarter
@@ -98,7 +97,7 @@ def _chart(analysis: Analysis, subspace: int | None) -> Chart:
             f"Expected `subspace` between 1 and {P - 1}, one less than the parameters, or"
             f" None for all of them. Got {subspace!r}."
         )
-    room = available_memory(analysis.objective.space.device) // MEMORY_SHARE
+    room = analysis.objective.free_memory // MEMORY_SHARE
     needed = subspace * P * theta.element_size()
     if needed > room:
         raise MeasureError(

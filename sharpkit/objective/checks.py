@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from sharpkit.objective.products import Named
 
 __all__ = ["first_pass"]
 
+HEAD_EXAMPLES = 64  # of the first batches, what all ranks have
 CACHE_SHARE = 4  # batches are kept in memory if they take at most a quarter of the budget
 CHECK_SEED = 7  # another random state than that of the passes
 COARSE = 1e-4  # the eps of a dtype (bfloat16) whose roundings show in every loss
@@ -34,7 +36,55 @@ def first_pass(evaluator: Evaluator, theta: Named, *, budget: int, check: bool) 
     Raises:
         ObjectiveError: If model, loss and data do not make one fixed function.
     """
+    team = evaluator.team
+    kept: list[list[Any] | None] = []
+
+    def read() -> _Own:
+        own, batches = _read(evaluator, theta, budget, check)
+        kept.append(batches)
+        return own
+
+    found = team.gather(read)
+    own = found[team.rank]
+    if team.shares_probes and any(part.marks != own.marks for part in found):
+        raise ObjectiveError(
+            "Expected the same data on all ranks, as they share out the probes. Got different"
+            " ones. Give every rank all the data, or take share='data'."
+        )
+    evaluator.take_in(own.sizes, own.marks)
+    if evaluator.num_batches == 0:
+        raise ObjectiveError(
+            "Expected data with at least one batch. Got none. Is the loader empty"
+            " (drop_last on a small data set), or the path wrong? Look at len(list(data))."
+        )
+    evaluator.shared = {path for part in found for path in part.shared}
+    evaluator.always_grad = any(part.always_grad for part in found)
+    if check:
+        evaluator.additive = all(part.additive for part in found)
+        team.gather(lambda: _check_same_data(evaluator, own.marks))
+    if kept[0] is not None:
+        evaluator._data, evaluator.cached = kept[0], True
+    if team.shares_data:
+        _share_head(evaluator, theta)
+    _count_terms(evaluator, theta)
+
+
+@dataclass(frozen=True)
+class _Own:
+    # What a rank read of its own data.
+    sizes: list[int | None]
+    marks: int
+    shared: set[str]
+    additive: bool
+    always_grad: bool
+
+
+def _read(
+    evaluator: Evaluator, theta: Named, budget: int, check: bool
+) -> tuple[_Own, list[Any] | None]:
+    # One pass over a rank's data; the batches too, if they fit in memory.
     kept: list[Any] | None = []
+    sizes: list[int | None] = []
     size_bytes = marks = 0
     additivity = _Additivity(evaluator, theta)
     shared: set[str] = set()
@@ -48,25 +98,37 @@ def first_pass(evaluator: Evaluator, theta: Named, *, budget: int, check: bool) 
                 kept.append(batch)
             else:
                 kept = None
-            evaluator.num_batches += 1
-            evaluator.num_examples += trees.batch_size(batch) or 0
+            sizes.append(trees.batch_size(batch))
             if index == 0:
                 batch = _check_first(evaluator, theta, batch, check)
             if check:
                 additivity.look_at(batch)
-    if evaluator.num_batches == 0:
-        raise ObjectiveError(
-            "Expected data with at least one batch. Got none. Is the loader empty"
-            " (drop_last on a small data set), or the path wrong? Look at len(list(data))."
-        )
-    evaluator.fingerprint = f"{marks:032x}"
-    evaluator.shared = shared
-    if check:
-        evaluator.additive = additivity.holds
-        _check_same_data(evaluator, marks)
-    if kept is not None:
-        evaluator._data, evaluator.cached = kept, True
-    _count_terms(evaluator, theta)
+    return _Own(sizes, marks, shared, additivity.holds, evaluator.always_grad), kept
+
+
+def _share_head(evaluator: Evaluator, theta: Named) -> None:
+    # The first examples of all data on all ranks: what is tried out on a few examples is
+    # tried on the same ones everywhere, also on a rank without data.
+    def mine() -> list[Any]:
+        found: list[Any] = []
+        first = {r: own[0] or 0 for r, own in enumerate(evaluator.sizes) if own}
+        before = sum(size for r, size in first.items() if r < evaluator.team.rank)
+
+        def one(batch: Any) -> tuple[Any, bool]:
+            piece = evaluator.split(batch, HEAD_EXAMPLES)[0] if evaluator.additive else batch
+            return piece, _loss(evaluator, theta, piece)[1] > 0
+
+        def take(result: tuple[Any, bool]) -> bool:
+            piece, counts = result
+            if evaluator.at_batch == 0 or counts:
+                found.append(trees.move(piece, torch.device("cpu"), None, own=True))
+            return counts
+
+        if before < HEAD_EXAMPLES:
+            evaluator.each(one, take, grad=False)
+        return found
+
+    evaluator.lead_by([piece for pieces in evaluator.team.gather(mine) for piece in pieces])
 
 
 def _loss(evaluator: Evaluator, theta: Named, batch: Any) -> tuple[Tensor, float]:
@@ -233,21 +295,25 @@ def _check_same_data(evaluator: Evaluator, marks: int) -> None:
 
 
 def _count_terms(evaluator: Evaluator, theta: Named) -> None:
-    total, seen = 0.0, 0
+    def count() -> float:
+        total, seen = 0.0, 0
 
-    def add(result: tuple[Tensor, float]) -> None:
-        nonlocal total, seen
-        value = float(result[0].detach().cpu().double())
-        if not math.isfinite(value):
-            raise ObjectiveError(
-                f"Expected a finite loss. It is {value} on batch {seen}. Look for NaN in"
-                " the data, a diverged model, or a loss that takes log(0)."
-            )
-        total, seen = total + result[1], seen + 1
+        def add(result: tuple[Tensor, float]) -> None:
+            nonlocal total, seen
+            value = float(result[0].detach().cpu().double())
+            if not math.isfinite(value):
+                raise ObjectiveError(
+                    f"Expected a finite loss. It is {value} on batch {seen}. Look for NaN in"
+                    " the data, a diverged model, or a loss that takes log(0)."
+                )
+            total, seen = total + result[1], seen + 1
 
-    evaluator.each(lambda batch: _loss(evaluator, theta, batch), add, grad=False)
-    if total == 0:
+        evaluator.each(lambda batch: _loss(evaluator, theta, batch), add, grad=False)
+        return total
+
+    evaluator.num_terms = evaluator.over_data(count)
+    if evaluator.num_terms == 0:
+        evaluator.num_terms = 1.0
         raise ObjectiveError(
             "Expected at least one loss term. All targets are masked (ignore_index)."
         )
-    evaluator.num_terms = total

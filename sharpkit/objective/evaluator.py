@@ -19,6 +19,7 @@ from sharpkit.objective import batches as trees
 from sharpkit.objective.isolation import PASS_SEED, evaluation, is_out_of_memory, recording
 from sharpkit.objective.losses import BatchLoss, CriterionLoss
 from sharpkit.objective.products import Named
+from sharpkit.team import SOLO, Team, interleaved
 
 __all__ = ["Evaluator", "OrderChanged"]
 
@@ -69,6 +70,13 @@ class Evaluator:
         data: A re-iterable of batches.
         names: The parameters that vary; all others keep their values.
         dtype: Floating dtype to evaluate in; ``None`` keeps the model's.
+        team: The ranks that measure together. Passes go over this rank's own data; what the
+            numbers below say is of all ranks' data.
+
+    Attributes:
+        num_batches: Batches of all ranks; so are the examples and the loss terms.
+        sizes: The examples of each batch of each rank.
+        at_batch: The number of this rank's batch that a pass is at.
     """
 
     def __init__(
@@ -79,8 +87,9 @@ class Evaluator:
         names: list[str],
         *,
         dtype: torch.dtype | None,
+        team: Team = SOLO,
     ):
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype, self.team = model, dtype, team
         parameters = dict(model.named_parameters())
         self.device = next(iter(parameters.values())).device  # where the data go
         self.batch_loss: BatchLoss = batch_loss
@@ -104,6 +113,9 @@ class Evaluator:
         self.num_batches = self.num_examples = 0
         self.num_terms = 1.0
         self.fingerprint = ""
+        self.sizes: list[list[int | None]] = [[]]
+        self.at_batch = 0
+        self._head: list[Any] | None = None  # the first examples of all ranks' data
         self.holders: weakref.WeakSet[HoldsMemory] = weakref.WeakSet()
 
     # -- one batch -------------------------------------------------------------------
@@ -206,7 +218,7 @@ class Evaluator:
             iterator = iter(self._data)
             try:
                 count = 0
-                for batch in iterator:
+                for self.at_batch, batch in enumerate(iterator):
                     todo = self._pieces(batch, own)
                     while todo:
                         piece = todo.pop(0)
@@ -224,6 +236,69 @@ class Evaluator:
             finally:
                 if callable(close := getattr(iterator, "close", None)):
                     close()  # a generator ends here, where what it changes is put back
+
+    def over_data(self, count: Callable[[], float]) -> float:
+        """Return what a rank counts on its own data, summed over the ranks that share it."""
+        found = self.team.gather(count)
+        return math.fsum(found) if self.team.shares_data else found[0]
+
+    def collect(
+        self,
+        function: Callable[[Any], T],
+        *,
+        grad: bool,
+        theta: Named | None = None,
+    ) -> list[list[T]]:
+        """Return what a function says of the pieces of each batch, of all ranks' data in order.
+
+        Their order is that of one process whose batches are the first of each rank, then the
+        second of each, and so on. For small things, on the CPU.
+
+        Args:
+            function: As for :meth:`each`, and so are the other arguments.
+            grad: Whether autograd records.
+            theta: The parameters.
+        """
+
+        def own() -> list[list[T]]:
+            found: list[list[T]] = []
+
+            def add(result: T) -> None:
+                while len(found) <= self.at_batch:
+                    found.append([])
+                found[self.at_batch].append(result)
+
+            self.each(function, add, grad=grad, theta=theta)
+            return found
+
+        if not self.team.shares_data:
+            return own()
+        return interleaved(self.team.gather(own))
+
+    @property
+    def order(self) -> list[tuple[int, int]]:
+        """Rank and number of each batch, in the order of all data."""
+        lists = [[(r, b) for b in range(len(own))] for r, own in enumerate(self.sizes)]
+        return interleaved(lists)
+
+    def leading(self) -> Evaluator:
+        """Return the same evaluator on the first examples of all data, the same on all ranks."""
+        if self._head is None:
+            return self
+        other = self.on_few(self._head)
+        other.cached = False  # they are on the CPU, in the dtype that they came in
+        return other
+
+    def on_few(self, pieces: list[Any]) -> Evaluator:
+        """Return the same evaluator going over a few pieces, where they belong."""
+        other = copy.copy(self)
+        other._data, other._generators, other.cached = pieces, [], True
+        other.holders = weakref.WeakSet()
+        return other
+
+    def lead_by(self, head: list[Any]) -> None:
+        """Say what the first examples of all ranks' data are."""
+        self._head = head
 
     def _pieces(self, batch: Any, own: bool = False) -> list[Any]:
         if not self.cached:
@@ -288,14 +363,20 @@ class Evaluator:
 
         The number of loss terms is still that of the whole.
         """
-        other = copy.copy(self)
-        other._data, other._generators, other.cached = pieces, [], True
-        other.num_batches = len(pieces)
-        other.num_examples = sum(trees.batch_size(piece) or 0 for piece in pieces)
-        marks = sum(trees.fingerprint(piece) for piece in pieces) % 2**128
-        other.fingerprint = f"{marks:032x}"
-        other.holders = weakref.WeakSet()
+        other = self.on_few(pieces)
+        sizes = [trees.batch_size(piece) for piece in pieces]
+        other.take_in(sizes, sum(trees.fingerprint(piece) for piece in pieces))
         return other
+
+    def take_in(self, sizes: list[int | None], marks: int) -> None:
+        """Be told of this rank's batches: their examples, and the sum of their fingerprints."""
+        found = [(sizes, marks)]
+        if self.team.shares_data:
+            found = self.team.gather(lambda: (sizes, marks))
+        self.sizes = [own for own, _ in found]
+        self.num_batches = sum(map(len, self.sizes))
+        self.num_examples = sum(size or 0 for own in self.sizes for size in own)
+        self.fingerprint = f"{sum(mark for _, mark in found) % 2**128:032x}"
 
     def batches(self) -> Iterator[Any]:
         """Yield the batches of one pass where they belong; nothing is held between them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +14,25 @@ from sharpkit.errors import ObjectiveError, SettingsError
 from sharpkit.objective import batches as trees
 from sharpkit.objective import products
 from sharpkit.objective.evaluator import Evaluator
-from sharpkit.objective.gauss_newton import Middle, OutputProducts, Piece, linearised, through
+from sharpkit.objective.gauss_newton import (
+    Middle,
+    OutputProducts,
+    Piece,
+    linearised,
+    tensor_outputs,
+    through,
+)
 from sharpkit.objective.isolation import is_out_of_memory
 from sharpkit.objective.losses import CriterionLoss
 from sharpkit.objective.output_hessians import closed_form
 from sharpkit.objective.probing import PROBE_EXAMPLES, first_piece
 from sharpkit.objective.products import Named
+from sharpkit.team import interleaved
 
 __all__ = [
+    "choose",
     "each_gradient",
+    "each_gradient_in_order",
     "each_group_gradient",
     "empirical",
     "example_slopes",
@@ -55,16 +66,30 @@ def each_gradient(
     evaluator.each(one, add, grad=True, theta=theta)
 
 
+def each_gradient_in_order(
+    evaluator: Evaluator, theta: Named, dtype: torch.dtype, consume: Callable[[Tensor], None]
+) -> None:
+    """Call ``consume`` with the gradient of each example of all ranks' data, in their order.
+
+    Raises:
+        ObjectiveError: If the loss is not a sum over examples.
+    """
+    each_group_gradient(evaluator, theta, dtype, 1, lambda row, _: consume(row), strided=False)
+
+
 def each_group_gradient(
     evaluator: Evaluator,
     theta: Named,
     dtype: torch.dtype,
     size: int,
     consume: Callable[[Tensor, int], None],
+    *,
+    strided: bool = True,
 ) -> None:
     """Call ``consume`` with the mean gradient ``[P]`` of groups of examples, and their number.
 
-    A group is every so-many-th example of a batch, ``size`` of them or fewer.
+    A group is every so-many-th example of a batch, ``size`` of them or fewer. All ranks
+    are given the groups of all data, a batch of each rank at a time.
 
     Raises:
         ObjectiveError: If the loss is not a sum over examples.
@@ -74,7 +99,8 @@ def each_group_gradient(
     def one(batch: Any) -> list[tuple[Tensor, int]]:
         count = -(-(trees.batch_size(batch) or 1) // size)
         rows = []
-        for piece in trees.strided(batch, count, evaluator.shared):
+        pieces = trees.strided(batch, count, evaluator.shared)
+        for piece in pieces if strided else evaluator.split(batch, size):
             examples = trees.batch_size(piece) or 1
             rows.append((_gradient(evaluator, theta, piece, dtype) / examples, examples))
         return rows
@@ -83,7 +109,21 @@ def each_group_gradient(
         for row, examples in rows:
             consume(row, examples)
 
-    evaluator.each(one, add, grad=True, theta=theta)
+    if not evaluator.team.shares_data:
+        evaluator.each(one, add, grad=True, theta=theta)
+        return
+    batches, device = evaluator.batches(), next(iter(theta.values())).device
+
+    def next_rows() -> list[tuple[Tensor, int]]:
+        found: list[tuple[Tensor, int]] = []
+        batch = next(batches, None)
+        if batch is not None:
+            evaluator.on_few([batch]).each(one, found.extend, grad=True, theta=theta)
+        return [(row.cpu(), examples) for row, examples in found]
+
+    for _ in range(max(map(len, evaluator.sizes))):
+        for rows in evaluator.team.gather(next_rows):
+            add([(row.to(device), examples) for row, examples in rows])
 
 
 def _gradient(evaluator: Evaluator, theta: Named, example: Any, dtype: torch.dtype) -> Tensor:
@@ -102,20 +142,28 @@ def _refuse_mixed(evaluator: Evaluator) -> None:
 # -- the empirical one, through the outputs ----------------------------------------------
 
 
-def empirical(
-    evaluator: Evaluator, theta: Named, through_outputs: OutputProducts, V: Tensor
-) -> tuple[Tensor, bool]:
-    """Return ``F V [P, K]``, and whether it took a backward pass for each example.
+def choose(evaluator: Evaluator, theta: Named, through_outputs: OutputProducts) -> None:
+    """Find out whether example gradients are rows of the outputs, if that was not done.
 
     Raises:
         ObjectiveError: If the loss is not a sum over examples.
     """
     _refuse_mixed(evaluator)
     if through_outputs.by_rows is None:
-        through_outputs.by_rows = _goes_by_rows(evaluator, theta)
+        through_outputs.by_rows = evaluator.team.first(lambda: _goes_by_rows(evaluator, theta))
+
+
+def empirical(
+    evaluator: Evaluator, theta: Named, through_outputs: OutputProducts, V: Tensor
+) -> Tensor:
+    """Return what this rank's data contribute to ``F V [P, K]``.
+
+    Where outputs have no row for each example, by a backward pass for each, and ``by_rows``
+    of what the products go through is False then.
+    """
     if through_outputs.by_rows:
         try:
-            return through_outputs(V, _given_targets(evaluator)), False
+            return through_outputs(V, _given_targets(evaluator))
         except _NotByRows:
             through_outputs.by_rows = False
     total = torch.zeros_like(V)
@@ -124,7 +172,7 @@ def empirical(
         total.add_(torch.outer(g, g @ V), alpha=1 / evaluator.num_examples)
 
     each_gradient(evaluator, theta, V.dtype, add)
-    return total, True
+    return total
 
 
 def example_slopes(
@@ -139,27 +187,38 @@ def example_slopes(
     Raises:
         ObjectiveError: If the loss is not a sum over examples.
     """
-    _refuse_mixed(evaluator)
-    if through_outputs.by_rows is None:
-        through_outputs.by_rows = _goes_by_rows(evaluator, theta)
-    if through_outputs.by_rows:
-        try:
-            return _slopes_by_rows(evaluator, theta, v), False
-        except _NotByRows:
-            through_outputs.by_rows = False
-    slopes: list[Tensor] = []
+    choose(evaluator, theta, through_outputs)
 
-    def add(g: Tensor) -> None:
-        dots = g.double() * v.double()
-        slopes.append(torch.stack([dots.sum(), dots.abs().sum()]))
+    def own() -> tuple[Tensor, bool]:
+        if through_outputs.by_rows:
+            try:
+                return _slopes_by_rows(evaluator, theta, v), False
+            except _NotByRows:
+                through_outputs.by_rows = False
+        slopes = [torch.zeros(2, 0, dtype=torch.float64, device="cpu")]
 
-    each_gradient(evaluator, theta, v.dtype, add)
-    return torch.stack(slopes, dim=1).cpu(), True
+        def add(g: Tensor) -> None:
+            dots = g.double() * v.double()
+            slopes.append(torch.stack([dots.sum(), dots.abs().sum()])[:, None].cpu())
+
+        each_gradient(evaluator, theta, v.dtype, add)
+        return torch.cat(slopes, dim=1), True
+
+    parts = evaluator.team.gather(own)
+    looped = any(turns for _, turns in parts)
+    if not evaluator.team.shares_data:
+        return parts[0][0], looped
+    # A product J v says as many numbers of a batch as it has examples.
+    cut = [
+        torch.split(rows, [size or 0 for size in sizes], dim=1)
+        for (rows, _), sizes in zip(parts, evaluator.sizes, strict=True)
+    ]
+    return torch.cat(interleaved(cut), dim=1), looped
 
 
 def _slopes_by_rows(evaluator: Evaluator, theta: Named, v: Tensor) -> Tensor:
     (vector,) = products.columns(v[:, None], theta)
-    found: list[Tensor] = []
+    found = [torch.zeros(2, 0, dtype=torch.float64, device="cpu")]
 
     def one(batch: Any) -> Tensor:
         piece = linearised(evaluator, theta, batch)
@@ -253,12 +312,17 @@ def _outer(slopes: list[Tensor], u: Tensor) -> Tensor:
 
 
 def monte_carlo(
-    evaluator: Evaluator, through_outputs: OutputProducts, num_samples: int, seed: int
+    evaluator: Evaluator,
+    theta: Named,
+    through_outputs: OutputProducts,
+    num_samples: int,
+    seed: int,
 ) -> Middle:
     """Return M of the Monte Carlo Fisher: outer products of slopes at drawn targets.
 
     Args:
         evaluator: The loss of batches.
+        theta: The parameters.
         through_outputs: What the products go through.
         num_samples: Draws for each target.
         seed: Of the draws. Each belongs to its place in the data, whatever the batches.
@@ -275,6 +339,7 @@ def monte_carlo(
             )
     criterion = evaluator.batch_loss
     assert isinstance(criterion, CriterionLoss)
+    place_of = _places(evaluator, theta, through_outputs)
 
     def middle(piece: Piece) -> Callable[[Tensor], Tensor]:
         free = piece.outputs.detach()
@@ -303,7 +368,7 @@ def monte_carlo(
         share = known.numbers_a_draw
         slopes = []
         for sample in range(num_samples):
-            uniform = _uniform(seed, sample, piece.start // share, free.numel() // share)
+            uniform = _uniform(seed, sample, place_of(piece.start) // share, free.numel() // share)
             r = known.slope(torch.from_numpy(uniform).to(free.device))
             slopes.append((r / num_samples**0.5).reshape(free.shape))
         if rows:
@@ -311,6 +376,36 @@ def monte_carlo(
         return lambda u: _outer([r[None] for r in slopes], u[None])[0]  # one example alone
 
     return middle
+
+
+def _places(
+    evaluator: Evaluator, theta: Named, through_outputs: OutputProducts
+) -> Callable[[int], int]:
+    # From a place among this rank's outputs to that among all ranks', found once by a pass.
+    team = evaluator.team
+    if not team.shares_data:
+        return lambda start: start
+    if through_outputs.places is None:
+
+        def one(batch: Any) -> int:
+            return tensor_outputs(evaluator, theta, batch)[0].numel()
+
+        counts = evaluator.collect(one, grad=False)
+        own, everywhere, before, here = [0], [0], 0, 0
+        for (rank, _), pieces in zip(evaluator.order, counts, strict=True):
+            if rank == team.rank:
+                own.append(here)
+                everywhere.append(before)
+                here += sum(pieces)
+            before += sum(pieces)
+        through_outputs.places = (own[1:] or [0], everywhere[1:] or [0])
+    mine, all_ranks = through_outputs.places
+
+    def place_of(start: int) -> int:
+        batch = bisect.bisect_right(mine, start) - 1
+        return start - mine[batch] + all_ranks[batch]
+
+    return place_of
 
 
 def _uniform(seed: int, sample: int, start: int, count: int) -> np.ndarray[Any, np.dtype[Any]]:

@@ -84,6 +84,7 @@ class OutputProducts:
         self.by_rows: bool | None = None  # whether example gradients are rows of the outputs
         self.by_vmap: bool | None = None  # whether torch.func takes examples together
         self.marks: dict[tuple[int | None, int], int] = {}  # of pieces, to see their order
+        self.places: tuple[list[int], list[int]] | None = None  # of batches among outputs
         self._kept: list[Piece] = []
         self.reset()
         evaluator.holders.add(self)
@@ -92,7 +93,7 @@ class OutputProducts:
         """Return the products at other leaves of the same parameters."""
         other = OutputProducts(self._evaluator, leaves, self._mode, self._given_budget)
         other.verified, other.by_rows, other.marks = self.verified, self.by_rows, self.marks
-        other.by_vmap = self.by_vmap
+        other.by_vmap, other.places = self.by_vmap, self.places
         other._budget = self._budget
         return other
 

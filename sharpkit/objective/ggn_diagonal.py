@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -20,7 +19,7 @@ from sharpkit.objective.output_hessians import Columns, closed_form
 from sharpkit.objective.probing import first_piece
 from sharpkit.objective.products import Named
 
-__all__ = ["ggn_diagonal"]
+__all__ = ["choose", "of_own_data"]
 
 SAME = 1e-8  # relative, in float64, that two ways to one diagonal may differ
 TRIED_EXAMPLES, TRIED_COLUMNS = 3, 8  # what the two ways are compared on
@@ -30,29 +29,32 @@ MOST_BYTES = 2**29  # of a chunk: more is not faster
 MADE = 2**22  # entries of columns made together in the loop
 
 
-def ggn_diagonal(
-    evaluator: Evaluator, theta: Named, outputs: OutputProducts, dtype: torch.dtype, budget: int
-) -> tuple[Tensor, int]:
-    """Return the diagonal ``[P]``, and the number of gradients of all data that it took.
+def choose(evaluator: Evaluator, theta: Named, outputs: OutputProducts, budget: int) -> None:
+    """Find out whether torch.func takes examples together, if that was not done."""
+    if outputs.by_vmap is None:
+        outputs.by_vmap = evaluator.team.first(lambda: _goes_by_vmap(evaluator, theta, budget))
+
+
+def of_own_data(
+    evaluator: Evaluator, theta: Named, outputs: OutputProducts, budget: int
+) -> list[Tensor]:
+    """Return the sum ``[P]`` over this rank's data in float64, and its backward passes.
 
     Args:
         evaluator: The loss of batches, of a criterion.
         theta: The parameters.
-        outputs: What remembers whether torch.func takes examples together.
-        dtype: Of the result.
+        outputs: What knows whether torch.func takes examples together.
         budget: Bytes that kept graphs and chunks may take.
 
     Raises:
         ObjectiveError: If the Hessian over an example's outputs is not known and too large.
     """
-    if outputs.by_vmap is None:
-        outputs.by_vmap = _goes_by_vmap(evaluator, theta, budget)
     first = next(iter(theta.values()))
     total = torch.zeros(
         sum(t.numel() for t in theta.values()), dtype=torch.float64, device=first.device
     )
     room = budget - sum(h.held for h in evaluator.holders if h.point is theta)
-    backwards = 0
+    backwards = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def one(batch: Any) -> tuple[Tensor, int]:
         if outputs.by_vmap:
@@ -62,12 +64,11 @@ def ggn_diagonal(
         return _looped(evaluator, theta, batch)
 
     def add(result: tuple[Tensor, int]) -> None:
-        nonlocal backwards
         total.add_(result[0])
-        backwards += result[1]
+        backwards.add_(result[1])
 
     evaluator.each(one, add, grad=True, theta=theta)
-    return total.to(dtype), math.ceil(backwards / max(evaluator.num_examples, 1))
+    return [total, backwards]
 
 
 def _goes_by_vmap(evaluator: Evaluator, theta: Named, budget: int) -> bool:

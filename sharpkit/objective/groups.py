@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from sharpkit.objective.evaluator import Evaluator
 from sharpkit.objective.products import Named
 
 __all__ = ["GroupForms", "group_error", "grouped_forms", "grouped_losses"]
+
+T = TypeVar("T")
 
 SLICE = 2**16  # entries summed in the vectors' own precision
 FEWEST = 4  # groups that can still say how much they differ
@@ -95,7 +97,6 @@ def grouped_forms(
     weights = torch.zeros(num_groups, dtype=torch.float64, device="cpu")
     shape = (len(lefts), num_groups, V.shape[1])
     forms = torch.zeros(shape, dtype=torch.float64, device="cpu")
-    dealt = 0
 
     def one(batch: Any) -> list[tuple[float, Tensor]]:
         rows = []
@@ -107,16 +108,12 @@ def grouped_forms(
             rows.append((count, row.cpu()))
         return rows
 
-    def add(rows: list[tuple[float, Tensor]]) -> None:
-        nonlocal dealt
-        for count, row in rows:
-            weights[dealt % num_groups] += count
-            forms[:, dealt % num_groups] += row
-            dealt += 1
-
     V = V.T.contiguous().T
     lefts = [U.T.contiguous().T for U in lefts]
-    evaluator.each(one, add, grad=True, theta=theta)
+    found = evaluator.collect(one, grad=True, theta=theta)
+    for dealt, (count, row) in enumerate(_flat(found)):
+        weights[dealt % num_groups] += count
+        forms[:, dealt % num_groups] += row
     return GroupForms(weights / evaluator.num_terms, forms)
 
 
@@ -132,22 +129,22 @@ def grouped_losses(evaluator: Evaluator, theta: Named, num_groups: int) -> tuple
     """
     cuts = _cuts(evaluator, num_groups)
     sums = torch.zeros(2, num_groups, dtype=torch.float64, device="cpu")
-    dealt = 0
 
-    def one(batch: Any) -> list[tuple[Tensor, float]]:
+    def one(batch: Any) -> list[tuple[float, float]]:
         pieces = trees.strided(batch, cuts, evaluator.shared)
-        return [evaluator.loss(theta, piece) for piece in pieces]
+        results = [evaluator.loss(theta, piece) for piece in pieces]
+        return [(count, float(loss.detach())) for loss, count in results]
 
-    def add(results: list[tuple[Tensor, float]]) -> None:
-        nonlocal dealt
-        for loss, count in results:
-            sums[0, dealt % num_groups] += count
-            sums[1, dealt % num_groups] += float(loss.detach())
-            dealt += 1
-
-    evaluator.each(one, add, grad=False)
+    for dealt, (count, loss) in enumerate(_flat(evaluator.collect(one, grad=False))):
+        sums[0, dealt % num_groups] += count
+        sums[1, dealt % num_groups] += loss
     weights, losses = (sums / evaluator.num_terms).unbind()
     return weights, losses
+
+
+def _flat(found: list[list[list[T]]]) -> Iterator[T]:
+    # What was found of each part of each piece of each batch, in their order.
+    return (x for batch in found for piece in batch for x in piece)
 
 
 def _cuts(evaluator: Evaluator, num_groups: int) -> int:

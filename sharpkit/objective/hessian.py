@@ -105,7 +105,7 @@ class HessianProducts:
         """Return ``H V [P, K]``."""
         if V.shape[1] == 0:
             return torch.zeros_like(V)
-        self.choose()
+        self.choose()  # a collective: not for the first time inside another one
         if self._way == "forward_over_reverse":
             self.mode = self._way
             return self._forward_over_reverse(V)
@@ -132,9 +132,9 @@ class HessianProducts:
         return self._way == "central_difference"
 
     def choose(self) -> None:
-        """Choose the way of computing products, if that was not done."""
+        """Choose the way of computing products, if that was not done; the same on all ranks."""
         if self._way is None:
-            self._way = self._choose_way()
+            self._way = self._evaluator.team.first(self._choose_way)
 
     def _loss(self, theta: Named, batch: Any) -> Tensor:
         return self._evaluator.share(theta, batch)
@@ -316,9 +316,15 @@ class HessianProducts:
             total.add_(result[0])
             _note(used, result[1])
 
-        self._evaluator.each(one, add, grad=True, theta=theta)
-        self._note_used(used)
-        return total
+        def work() -> list[Tensor]:
+            self._evaluator.each(one, add, grad=True, theta=theta)
+            self._note_used(used)
+            return [total]
+
+        team = self._evaluator.team
+        if not team.shares_data:
+            return work()[0]
+        return team.sum(work, [(total.shape, total.dtype)], total.device, same=[point])[0]
 
     # -- choice ----------------------------------------------------------------------
 

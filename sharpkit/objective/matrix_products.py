@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sharpkit.errors import ShapeError
-from sharpkit.objective import fisher
+from sharpkit.objective import fisher, ggn_diagonal
 from sharpkit.objective.convexity import verify_criterion
 from sharpkit.objective.evaluator import Evaluator
 from sharpkit.objective.gauss_newton import (
@@ -20,12 +21,12 @@ from sharpkit.objective.gauss_newton import (
     through,
     verify_outputs,
 )
-from sharpkit.objective.ggn_diagonal import ggn_diagonal
 from sharpkit.objective.groups import GroupForms, grouped_forms
 from sharpkit.objective.hessian import HessianProducts
 from sharpkit.objective.products import Named
-from sharpkit.objective.usage import Spent
+from sharpkit.objective.usage import Spent, Usage
 from sharpkit.parameters import ParameterSpace
+from sharpkit.team import Shape, Team
 
 __all__ = ["MatrixProducts"]
 
@@ -43,7 +44,13 @@ class MatrixProducts:
     _hessian: HessianProducts
     _through: OutputProducts
     _shared: Spent
+    _usage: Usage
     _memory_budget: int
+
+    @property
+    def team(self) -> Team:
+        """The ranks that measure together."""
+        return self._evaluator.team
 
     @torch.inference_mode(False)
     def hvp(self, vectors: Tensor) -> Tensor:
@@ -55,7 +62,15 @@ class MatrixProducts:
         """
         V = self._matrix(vectors)
         self._shared.hvps += V.shape[1]
-        total = self._hessian(V)
+        if V.shape[1]:
+            self._hessian.choose()
+        if self._hessian.by_differences:
+            total = self._hessian(V)  # each gradient is a sum over ranks by itself
+            shape = (len(self._leaves) + 1,)
+            (noted,) = self._over_data(lambda: [self._usage.noted()], [(shape, torch.float64)])
+            self._usage.report(noted)
+        else:
+            total = self._over_ranks(self._hessian, V)
         return total if vectors.ndim == 2 else total[:, 0]
 
     @torch.inference_mode(False)
@@ -72,7 +87,8 @@ class MatrixProducts:
         V = self._matrix(vectors)
         self._need_outputs("the GGN")
         self._shared.hvps += V.shape[1]
-        total = self._through(V, loss_hessian(self._evaluator))
+        middle = loss_hessian(self._evaluator)
+        total = self._over_ranks(lambda W: self._through(W, middle), V)
         return total if vectors.ndim == 2 else total[:, 0]
 
     @torch.inference_mode(False)
@@ -98,11 +114,17 @@ class MatrixProducts:
             tensor([2., 8., 2.])
         """
         self._need_outputs("the GGN")
-        diagonal, gradients = ggn_diagonal(
-            self._evaluator, self._leaves, self._through, self.space.dtype, self._memory_budget
-        )
-        self._shared.gradients += gradients
-        return diagonal
+        ggn_diagonal.choose(self._evaluator, self._leaves, self._through, self._memory_budget)
+
+        def work() -> list[Tensor]:
+            return ggn_diagonal.of_own_data(
+                self._evaluator, self._leaves, self._through, self._memory_budget
+            )
+
+        shapes: list[Shape] = [((self.space.dim,), torch.float64), ((), torch.float64)]
+        diagonal, passes = self._over_data(work, shapes)
+        self._shared.gradients += math.ceil(float(passes) / max(self._evaluator.num_examples, 1))
+        return diagonal.to(self.space.dtype)
 
     @torch.inference_mode(False)
     def fisher_vp(self, vectors: Tensor) -> Tensor:
@@ -119,8 +141,13 @@ class MatrixProducts:
         """
         V = self._matrix(vectors)
         self._shared.hvps += V.shape[1]
-        total, looped = fisher.empirical(self._evaluator, self._leaves, self._through, V)
-        self._shared.gradients += looped
+        fisher.choose(self._evaluator, self._leaves, self._through)
+
+        def work(W: Tensor) -> Tensor:
+            return fisher.empirical(self._evaluator, self._leaves, self._through, W)
+
+        total = self._over_ranks(work, V)
+        self._shared.gradients += not self._through.by_rows
         return total if vectors.ndim == 2 else total[:, 0]
 
     @torch.inference_mode(False)
@@ -146,9 +173,9 @@ class MatrixProducts:
         """
         V = self._matrix(vectors)
         self._need_outputs("the Fisher matrix")
-        middle = fisher.monte_carlo(self._evaluator, self._through, num_samples, seed)
+        middle = fisher.monte_carlo(self._evaluator, self._leaves, self._through, num_samples, seed)
         self._shared.hvps += V.shape[1]
-        total = self._through(V, middle)
+        total = self._over_ranks(lambda W: self._through(W, middle), V)
         return total if vectors.ndim == 2 else total[:, 0]
 
     @torch.inference_mode(False)
@@ -198,11 +225,61 @@ class MatrixProducts:
 
     def _need_outputs(self, what: str) -> None:
         if not self._through.verified:
-            verify_criterion(self._evaluator, self._leaves, what)
-            verify_outputs(self._evaluator, self._leaves)
+
+            def verify() -> None:
+                verify_criterion(self._evaluator, self._leaves, what)
+                verify_outputs(self._evaluator, self._leaves)
+
+            self.team.gather(verify)
             self._through.verified = True
 
     # -- how -------------------------------------------------------------------------
+
+    def _over_data(
+        self,
+        work: Callable[[], list[Tensor]],
+        shapes: Sequence[Shape],
+        same: Sequence[Tensor] = (),
+    ) -> list[Tensor]:
+        # Sums over all data, of what work sums over this rank's.
+        if not self.team.shares_data:
+            return work()
+        return self.team.sum(work, shapes, self.space.device, same=[*self._leaves.values(), *same])
+
+    def _over_ranks(self, work: Callable[[Tensor], Tensor], V: Tensor) -> Tensor:
+        # A product with V over all data: one all-reduce of what each rank has of it.
+        if self.team.alone:
+            total = work(V)
+            self._usage.report(self._usage.noted())
+            return total
+        if self.team.shares_probes:
+            return self._own_columns(work, V)
+
+        def product() -> list[Tensor]:
+            return [work(V), self._usage.noted().to(V)]
+
+        shapes: list[Shape] = [(V.shape, V.dtype), ((len(self._leaves) + 1,), V.dtype)]
+        total, noted = self._over_data(product, shapes, [V])
+        self._usage.report(noted)
+        return total
+
+    def _own_columns(self, work: Callable[[Tensor], Tensor], V: Tensor) -> Tensor:
+        # Each rank does every so-many-th column, on all data; zeros stand for the others.
+        team = self.team
+
+        def product() -> list[Tensor]:
+            rows = V.new_zeros(V.shape[1], V.shape[0])
+            rows[team.rank :: team.size] = work(V[:, team.rank :: team.size]).T
+            return [rows, self._usage.noted().to(V)]
+
+        shapes: list[Shape] = [
+            ((V.shape[1], V.shape[0]), V.dtype),
+            ((len(self._leaves) + 1,), V.dtype),
+        ]
+        same = [*self._leaves.values(), V]
+        total, noted = team.sum(product, shapes, self.space.device, same=same)
+        self._usage.report(noted)
+        return total.T
 
     def _matrix(self, vectors: Tensor) -> Tensor:
         if vectors.ndim not in (1, 2) or vectors.shape[0] != self.space.dim:

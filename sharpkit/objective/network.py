@@ -105,7 +105,7 @@ def _first_example(evaluator: Evaluator, work: Callable[[Any], None], *, count: 
     def one(batch: Any) -> None:
         work(evaluator.split(batch, count)[0])
 
-    evaluator.each(one, lambda _: True, grad=True)
+    evaluator.leading().each(one, lambda _: True, grad=True)
 
 
 # -- linear maps -------------------------------------------------------------------------

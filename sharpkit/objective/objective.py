@@ -21,18 +21,19 @@ from sharpkit.objective.groups import grouped_losses
 from sharpkit.objective.hessian import HessianProducts
 from sharpkit.objective.isolation import unwrap
 from sharpkit.objective.losses import BatchLoss, CriterionLoss
-from sharpkit.objective.matrix_products import MatrixProducts
-from sharpkit.objective.memory import default_budget
+from sharpkit.objective.memory import available_memory, default_budget
+from sharpkit.objective.ranks import agreed
 from sharpkit.objective.readings import Readings
 from sharpkit.objective.shards import shards_of
 from sharpkit.objective.usage import PartlySpent, Spent, Usage
 from sharpkit.parameters import ParameterSpace, Selection, select_names
 from sharpkit.results import Cost
+from sharpkit.team import Group, Shape, Share, Team
 
 __all__ = ["Objective"]
 
 
-class Objective(MatrixProducts, Readings):
+class Objective(Readings):
     r"""The empirical risk of a model on a data set, as a function of its parameters.
 
     .. math::
@@ -67,11 +68,18 @@ class Objective(MatrixProducts, Readings):
             it is none of the usual ones.
         check: Verify at construction that loss and data are the same twice and that the
             loss adds up over examples. Turn it off only for data that are very slow to read.
+        process_group: ``"world"`` or a group of ``torch.distributed``, whose ranks measure
+            together and get the same numbers; None: this process alone. Without an
+            initialized group ``"world"`` is one process. See :mod:`sharpkit.distributed`.
+        share: What the ranks share out: ``"data"``, of which each is given its own batches,
+            any number of any size; or ``"probes"``, the columns of blocks of vectors, where
+            each is given all the data.
 
     Raises:
         ObjectiveError: In training mode with dropout or BatchNorm; for one-shot iterators,
             an empty selection, data or losses that differ between two passes, a loss that
-            is not finite or does not add up.
+            is not finite or does not add up; for parameters that differ between ranks.
+        DistributedError: If a rank raised something else, or the ranks went different ways.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -96,6 +104,8 @@ class Objective(MatrixProducts, Readings):
         memory_budget: int | None = None,
         num_terms: Callable[[Any, Any], float] | None = None,
         check: bool = True,
+        process_group: Group = None,
+        share: Share = "data",
     ):
         self._init(
             model,
@@ -106,6 +116,7 @@ class Objective(MatrixProducts, Readings):
             hvp_mode=hvp_mode,
             memory_budget=memory_budget,
             check=check,
+            team=Team(process_group, share),
         )
 
     @classmethod
@@ -120,6 +131,8 @@ class Objective(MatrixProducts, Readings):
         hvp_mode: HvpMode = "auto",
         memory_budget: int | None = None,
         check: bool = True,
+        process_group: Group = None,
+        share: Share = "data",
     ) -> Objective:
         """Return the objective of any batches: dicts, graphs, language models, PINNs.
 
@@ -133,6 +146,8 @@ class Objective(MatrixProducts, Readings):
             hvp_mode: As for the class.
             memory_budget: As for the class.
             check: As for the class.
+            process_group: As for the class.
+            share: As for the class.
 
         Raises:
             ObjectiveError: As for the class.
@@ -161,6 +176,7 @@ class Objective(MatrixProducts, Readings):
             hvp_mode=hvp_mode,
             memory_budget=memory_budget,
             check=check,
+            team=Team(process_group, share),
         )
         return self
 
@@ -175,18 +191,23 @@ class Objective(MatrixProducts, Readings):
         hvp_mode: HvpMode,
         memory_budget: int | None,
         check: bool,
+        team: Team,
     ) -> None:
-        validate(model, dtype, hvp_mode, memory_budget)
-        model = unwrap(model)
-        refuse_training_mode(model)
-        names = trainable(model, params, dtype)
-        parameters = dict(model.named_parameters())
-        if memory_budget is None:
-            memory_budget = default_budget(parameters[names[0]].device)
-        evaluator = Evaluator(model, batch_loss, trees.as_batches(data), names, dtype=dtype)
-        start = {n: evaluator.cast(parameters[n].detach()) for n in names}
+        def prepare() -> tuple[Evaluator, dict[str, Tensor]]:
+            validate(model, dtype, hvp_mode, memory_budget)
+            own = unwrap(model)
+            refuse_training_mode(own)
+            names = trainable(own, params, dtype)
+            parameters = dict(own.named_parameters())
+            batches = trees.as_batches(data)
+            evaluator = Evaluator(own, batch_loss, batches, names, dtype=dtype, team=team)
+            return evaluator, {n: evaluator.cast(parameters[n].detach()) for n in names}
+
+        evaluator, start = agreed(team, prepare, dtype, hvp_mode)
         self.space = ParameterSpace.of(start)
         self._leaves = differentiable(start)
+        if memory_budget is None:
+            memory_budget = default_budget(self.space.device) // team.crowd
         fixed = {n: t.detach() for n, t in self._leaves.items()}
         first_pass(evaluator, fixed, budget=memory_budget, check=check)
         self._evaluator = evaluator
@@ -205,13 +226,19 @@ class Objective(MatrixProducts, Readings):
             self.space.dtype,
             self._requested_mode,
             self._memory_budget,
-            self._usage,
+            self._usage.note,
         )
         self._through = OutputProducts(
             self._evaluator, self._leaves, self._requested_mode, self._memory_budget
         )
 
     # -- what it is ------------------------------------------------------------------
+
+    @property
+    def free_memory(self) -> int:
+        """The bytes that are free on the device, where the ranks have least of it."""
+        team = self.team
+        return min(team.gather(lambda: available_memory(self.space.device))) // team.crowd
 
     def __repr__(self) -> str:
         return (
@@ -358,17 +385,18 @@ class Objective(MatrixProducts, Readings):
                 share = evaluator.num_examples / whole.num_examples
             other._shared = PartlySpent(self._shared, share)
             other._shared.forwards += 1
-            counts: list[float] = []
-            evaluator.each(
-                lambda batch, it=evaluator: it.loss(self._leaves, batch)[1],  # type: ignore[misc]
-                counts.append,
-                grad=False,
-            )
-            evaluator.num_terms = sum(counts)
+            evaluator.num_terms = evaluator.over_data(lambda it=evaluator: self._terms(it))  # type: ignore[misc]
             if evaluator.num_terms > 0:
                 other._begin()
                 other._through.verified = self._through.verified
                 yield other
+
+    def _terms(self, evaluator: Evaluator) -> float:
+        counts: list[float] = []
+        evaluator.each(
+            lambda batch: evaluator.loss(self._leaves, batch)[1], counts.append, grad=False
+        )
+        return sum(counts)
 
     # -- values and gradients --------------------------------------------------------
 
@@ -381,10 +409,14 @@ class Objective(MatrixProducts, Readings):
         def add(result: tuple[Tensor, float]) -> None:
             total.add_(result[0].detach().cpu().double())
 
-        self._evaluator.each(
-            lambda batch: self._evaluator.loss(self._leaves, batch), add, grad=False
-        )
-        return total / self.num_terms
+        def work() -> list[Tensor]:
+            self._evaluator.each(
+                lambda batch: self._evaluator.loss(self._leaves, batch), add, grad=False
+            )
+            return [total]
+
+        (found,) = self._over_data(work, [((), torch.float64)])
+        return found.cpu() / self.num_terms
 
     @torch.inference_mode(False)
     def grouped_value(self, num_groups: int = 8) -> tuple[Tensor, Tensor]:
@@ -420,9 +452,19 @@ class Objective(MatrixProducts, Readings):
                     parts[i].add_(grad)
                     used[i] = True
 
-        self._evaluator.each(one, add, grad=True, theta=self._leaves)
-        self._usage(used)
-        return total, gradient
+        def work() -> list[Tensor]:
+            self._evaluator.each(one, add, grad=True, theta=self._leaves)
+            self._usage.note(used)
+            return [total, gradient, self._usage.noted()]
+
+        shapes: list[Shape] = [
+            ((), torch.float64),
+            (gradient.shape, gradient.dtype),
+            ((len(used) + 1,), torch.float64),
+        ]
+        value, gradient, noted = self._over_data(work, shapes)
+        self._usage.report(noted)
+        return value.cpu(), gradient
 
     @torch.inference_mode(False)
     def per_example_gradients(self) -> Tensor:
@@ -436,7 +478,7 @@ class Objective(MatrixProducts, Readings):
         """
         rows: list[Tensor] = []
         self._shared.gradients += 1
-        fisher.each_gradient(self._evaluator, self._leaves, self.space.dtype, rows.append)
+        fisher.each_gradient_in_order(self._evaluator, self._leaves, self.space.dtype, rows.append)
         return torch.stack(rows)
 
     @torch.inference_mode(False)
@@ -453,8 +495,12 @@ class Objective(MatrixProducts, Readings):
         def add(g: Tensor) -> None:
             total.add_(g.double().square())
 
+        def work() -> list[Tensor]:
+            fisher.each_gradient(self._evaluator, self._leaves, self.space.dtype, add)
+            return [total]
+
         self._shared.gradients += 1
-        fisher.each_gradient(self._evaluator, self._leaves, self.space.dtype, add)
+        (total,) = self._over_data(work, [((self.space.dim,), torch.float64)])
         return (total / self.num_examples).to(self.space.dtype)
 
 

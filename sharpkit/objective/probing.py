@@ -89,7 +89,7 @@ def first_piece(
     most: int | None = None,
     grad: bool = True,
 ) -> T | None:
-    """Return a function of the first few examples that have loss terms.
+    """Return a function of the first few examples that have loss terms, alike on all ranks.
 
     Args:
         evaluator: The loss of batches.
@@ -116,7 +116,7 @@ def first_piece(
             found.append(result)
         return bool(found)
 
-    evaluator.each(one, take, grad=grad, theta=theta)
+    evaluator.leading().each(one, take, grad=grad, theta=theta)
     return found[0] if found else None
 
 

@@ -10,27 +10,17 @@ from torch import Tensor
 
 from sharpkit.errors import ShapeError
 from sharpkit.objective import fisher, labels, network, products
-from sharpkit.objective.evaluator import Evaluator
-from sharpkit.objective.gauss_newton import OutputProducts
-from sharpkit.objective.products import Named
-from sharpkit.objective.usage import Spent
-from sharpkit.parameters import ParameterSpace
+from sharpkit.objective.matrix_products import MatrixProducts
 
 __all__ = ["Readings"]
 
 
-class Readings:
+class Readings(MatrixProducts):
     """What an :class:`Objective` knows of labels, of single examples and of layers.
 
     Attributes:
         space: The parameters that span theta.
     """
-
-    space: ParameterSpace
-    _evaluator: Evaluator
-    _leaves: Named
-    _through: OutputProducts
-    _shared: Spent
 
     # -- labels ----------------------------------------------------------------------
 
@@ -49,23 +39,25 @@ class Readings:
         Raises:
             MeasureError: If there are no class labels.
         """
+        margins, examples, _ = self._margins()
+        return margins, examples
+
+    def _margins(self) -> tuple[Tensor, Tensor, list[int]]:
+        # The labels of each batch of all data too.
         self._shared.forwards += 1
-        found: list[Tensor] = []
-        examples: list[Tensor] = []
-        seen = 0
 
-        def add(result: tuple[Tensor, Tensor, int]) -> None:
-            nonlocal seen
-            found.append(result[0].cpu().double())
-            examples.append(result[1].cpu() + seen)
-            seen += result[2]
+        def one(batch: Any) -> tuple[Tensor, Tensor, int]:
+            found, rows, size = labels.batch_margins(self._evaluator, self._leaves, batch)
+            return found.cpu().double(), rows.cpu(), size
 
-        self._evaluator.each(
-            lambda batch: labels.batch_margins(self._evaluator, self._leaves, batch),
-            add,
-            grad=False,
-        )
-        return torch.cat(found), torch.cat(examples)
+        margins, examples, counts, seen = [], [], [], 0
+        for pieces in self._evaluator.collect(one, grad=False):
+            for found, rows, size in pieces:
+                margins.append(found)
+                examples.append(rows + seen)
+                seen += size
+            counts.append(sum(len(found) for found, _, _ in pieces))
+        return torch.cat(margins), torch.cat(examples), counts
 
     def error_rate(self) -> float:
         """Return the share of class labels that the outputs miss (ties are misses).
@@ -103,17 +95,27 @@ class Readings:
         Raises:
             MeasureError: If there are no class labels.
         """
-        margins, _ = self.margins()
+        margins, _, counts = self._margins()
         weights = torch.zeros_like(margins)
         weakest = margins.argsort(stable=True)[:count]
         weights[weakest] = (margins[weakest] > 0).double() / count
         self._shared.gradients += 1
         gradient = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
-        seen = 0
+        team, seen = self.team, 0
+        own = torch.cat(
+            [
+                part
+                for (rank, _), part in zip(
+                    self._evaluator.order, torch.split(weights, counts), strict=True
+                )
+                if rank == team.rank or not team.shares_data
+            ]
+            or [weights[:0]]
+        )
 
         def one(batch: Any) -> tuple[Tensor, int]:
             found = labels.batch_margins(self._evaluator, self._leaves, batch)[0]
-            w = weights[seen : seen + len(found)].to(found)
+            w = own[seen : seen + len(found)].to(found)
             total = -(w * found)[w > 0].sum()
             return products.flat_gradient(total, self._leaves, self.space.dtype)[0], len(found)
 
@@ -122,7 +124,11 @@ class Readings:
             gradient.add_(result[0])
             seen += result[1]
 
-        self._evaluator.each(one, add, grad=True, theta=self._leaves)
+        def work() -> list[Tensor]:
+            self._evaluator.each(one, add, grad=True, theta=self._leaves)
+            return [gradient]
+
+        (gradient,) = self._over_data(work, [(gradient.shape, gradient.dtype)])
         chosen = weights > 0
         value = -float((weights[chosen] * margins[chosen]).sum())
         return value, gradient, _missed(margins)

@@ -128,9 +128,8 @@ def deviation(objective: Objective, first: State, second: State) -> tuple[float,
         def one(piece: Any) -> tuple[list[Tensor], list[Tensor]]:
             return way.outputs(first, piece), way.outputs(second, piece)
 
-        found: list[tuple[float, float]] = []
-        way.evaluator.each(one, lambda pair: found.append(_difference(*pair)), grad=False)
-        return _relative(found), way.dtype
+        found = way.evaluator.collect(lambda piece: _difference(*one(piece)), grad=False)
+        return _relative([pair for batch in found for pair in batch]), way.dtype
 
     return _first_that_runs(objective, compare)
 
@@ -164,7 +163,7 @@ class Reference:
     @staticmethod
     def _run(way: _Way, pieces: list[Any], state: State) -> list[list[Tensor]]:
         found: list[list[Tensor]] = []
-        few = way.evaluator.on(pieces)
+        few = way.evaluator.on_few(pieces)
         few.each(lambda piece: way.outputs(state, piece), found.append, grad=False)
         return found
 
@@ -240,7 +239,7 @@ def _first_pieces(evaluator: Evaluator, most: int) -> list[Any]:
             count += trees.batch_size(piece) or most
         return count >= most
 
-    evaluator.each(lambda batch: batch, take, grad=False, own=True)
+    evaluator.leading().each(lambda batch: batch, take, grad=False, own=True)
     return pieces
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sharpkit.errors import ObjectiveError, SharpkitWarning
 from sharpkit.objective.evaluator import Evaluator
@@ -54,7 +55,7 @@ class PartlySpent(Spent):
 
 
 class Usage:
-    """Told which parameters a whole pass used; warns once, or refuses.
+    """Told which parameters whole passes used; warns once, or refuses.
 
     It holds no objective: in a cycle, kept graphs would wait for the garbage collector.
 
@@ -66,18 +67,36 @@ class Usage:
 
     def __init__(self, evaluator: Evaluator, theta: Named, said: set[str]):
         self._evaluator, self._theta, self._said = evaluator, theta, said
+        self._used = [False] * len(theta)
+        self._fresh = False
 
-    def __call__(self, used: Sequence[bool]) -> None:
-        """Warn of parameters that are not used.
+    def note(self, used: Sequence[bool]) -> None:
+        """Take in which parameters a pass over this rank's data used."""
+        self._used = [a or b for a, b in zip(self._used, used, strict=True)]
+        self._fresh = True
+
+    def noted(self) -> Tensor:
+        """Return whether anything was noted since the last time, and what, to sum over ranks."""
+        fresh, self._fresh = self._fresh, False
+        return torch.tensor([fresh, *self._used], dtype=torch.float64, device="cpu")
+
+    def report(self, noted: Tensor) -> None:
+        """Warn of parameters that no rank used, by the sum of what was noted.
 
         Raises:
             ObjectiveError: If the loss depends on one that its gradient does not reach.
         """
+        fresh, *counts = noted.tolist()
+        if fresh > 0:
+            self._report([count > 0 for count in counts])
+
+    def _report(self, used: Sequence[bool]) -> None:
         unused = [n for n, flag in zip(self._theta, used, strict=True) if not flag]
         if not unused or self._said.issuperset(unused):
             return
         shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" * (len(unused) > 5))
-        if self._depends_on(set(unused)):
+        team = self._evaluator.team
+        if team.first(lambda: self._depends_on(set(unused))):
             raise ObjectiveError(
                 "Expected a gradient for every parameter that the loss depends on. The loss"
                 f" changes with {shown}, but its gradient does not reach there. {LOSES}"

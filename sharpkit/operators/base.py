@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpkit.errors import OperatorError, ShapeError
+from sharpkit.team import SOLO, Team
 
 __all__ = ["SymmetricOperator"]
 
@@ -23,6 +24,7 @@ class SymmetricOperator:
         dim: The size P.
         dtype: Dtype of vectors.
         device: Where vectors live.
+        team: The ranks that all compute the same products; they share out a basis.
 
     Attributes:
         num_matvecs: Products done so far, counted by columns.
@@ -41,8 +43,9 @@ class SymmetricOperator:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        team: Team = SOLO,
     ):
-        self._matmat = matmat
+        self._matmat, self.team = matmat, team
         self.dim, self.dtype, self.device = dim, dtype, torch.device(device)
         self.num_matvecs = 0
 

@@ -70,4 +70,6 @@ def _block(objective: Objective, names: list[str], dim: int, matrix: str) -> Sym
         return made[0](V)
 
     space = objective.space
-    return SymmetricOperator(matmat, dim, dtype=space.dtype, device=space.device)
+    return SymmetricOperator(
+        matmat, dim, dtype=space.dtype, device=space.device, team=objective.team
+    )

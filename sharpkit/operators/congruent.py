@@ -27,7 +27,9 @@ def congruent(A: SymmetricOperator, root: Map) -> SymmetricOperator:
         >>> congruent(A, lambda V: 3 * V).to_dense().tolist()
         [[9.0, 9.0], [9.0, 9.0]]
     """
-    return SymmetricOperator(lambda V: root(A @ root(V)), A.dim, dtype=A.dtype, device=A.device)
+    return SymmetricOperator(
+        lambda V: root(A @ root(V)), A.dim, dtype=A.dtype, device=A.device, team=A.team
+    )
 
 
 def gram_root(weight: Tensor, *, axis: int = 0) -> Map:

@@ -54,4 +54,6 @@ def mc_fisher(objective: Objective, num_samples: int = 1, seed: int = 0) -> Symm
 
 def _operator(objective: Objective, matmat: Callable[[Tensor], Tensor]) -> SymmetricOperator:
     space = objective.space
-    return SymmetricOperator(matmat, space.dim, dtype=space.dtype, device=space.device)
+    return SymmetricOperator(
+        matmat, space.dim, dtype=space.dtype, device=space.device, team=objective.team
+    )

@@ -245,4 +245,4 @@ def _vector(A: SymmetricOperator, vector: Tensor, name: str) -> Tensor:
 
 
 def _made_of(A: SymmetricOperator, matmat: Callable[[Tensor], Tensor]) -> SymmetricOperator:
-    return SymmetricOperator(matmat, A.dim, dtype=A.dtype, device=A.device)
+    return SymmetricOperator(matmat, A.dim, dtype=A.dtype, device=A.device, team=A.team)
