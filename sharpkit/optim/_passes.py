@@ -15,6 +15,7 @@ from sharpkit.optim._checks import check_parameters, check_selection
 from sharpkit.optim._guards import BufferGuard, RandomState, StatisticsWatch
 from sharpkit.optim._scaling import unscale_first
 from sharpkit.optim._slots import Displacement, Slot, slots_of
+from sharpkit.optim._tensors import Ray
 from sharpkit.optim._wrapper import Wrapper
 
 __all__ = ["Passes"]
@@ -54,10 +55,14 @@ class Passes(Wrapper):
         self.synchronize = synchronize
         self._selected = None if perturb is None else list(perturb)
         self._displacement: Displacement | None = None
+        self._room: dict[Tensor, Tensor] = {}
         self._buffers: BufferGuard | None = None
         self._watch: StatisticsWatch | None = None
         self._watched = model is not None
         self._check_parameters()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_room": {}}  # a copy or a pickle makes its own
 
     # -- parameters ----------------------------------------------------------------------
 
@@ -136,8 +141,8 @@ class Passes(Wrapper):
         if not self._watched:
             self._watch, self._watched = StatisticsWatch(), True
 
-    def _move(self, slots: Sequence[Slot], delta: Sequence[Tensor]) -> None:
-        self._displacement = Displacement(slots, delta)
+    def _move(self, slots: Sequence[Slot], delta: Sequence[Tensor] | Ray) -> None:
+        self._displacement = Displacement(slots, delta, self._room)
         torch.clear_autocast_cache()  # autocast around the step keeps casts of the old weights
 
     def _undo(self) -> None:

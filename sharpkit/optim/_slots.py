@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sharpkit.optim._tensors import Ray, on_host
+
 __all__ = ["Displacement", "Slot", "slots_of"]
 
 
@@ -48,23 +50,61 @@ class Displacement:
     The old values are copied, not recomputed: ``(w + d) - d`` is not ``w`` in floating point.
     """
 
-    def __init__(self, slots: Sequence[Slot], delta: Sequence[Tensor]) -> None:
-        """Move the parameters of ``slots`` by ``delta``."""
-        pairs = list(zip(slots, delta, strict=True))
-        whole = [(s.parameter.detach(), d) for s, d in pairs if s.rows is None]
-        self._whole = [weights for weights, _ in whole]
-        self._saved = [weights.clone() for weights in self._whole]
-        self._rows = [
-            (s.parameter.detach(), s.rows, s.point, d) for s, d in pairs if s.rows is not None
-        ]
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        delta: Sequence[Tensor] | Ray,
+        room: dict[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Move the parameters of ``slots`` by ``delta``; ``room`` is memory for the copies."""
+        room = {} if room is None else room
+        tensors = delta.tensors if isinstance(delta, Ray) else delta
+        pairs = list(zip(slots, tensors, strict=True))
+        whole = [(slot.parameter, d) for slot, d in pairs if slot.rows is None]
+        self._whole = [parameter.detach() for parameter, _ in whole]
+        self._saved = [_room_for(parameter, room) for parameter, _ in whole]
         if whole:
-            torch._foreach_add_(self._whole, [d for _, d in whole])
-        for weights, rows, saved, d in self._rows:
-            weights[rows] = saved + d
+            torch._foreach_copy_(self._saved, self._whole)
+            _move(self._whole, [d for _, d in whole], delta)
+        rows = [(s.parameter.detach(), s.rows, s.point, d) for s, d in pairs if s.rows is not None]
+        self._rows = [(weights, where, saved) for weights, where, saved, _ in rows]
+        for weights, where, saved, d in rows:
+            point = saved.clone()
+            _move([point], [d], delta)
+            weights[where] = point
 
     def undo(self) -> None:
         """Put the old values back."""
         if self._whole:
             torch._foreach_copy_(self._whole, self._saved)
-        for weights, rows, saved, _ in self._rows:
+        for weights, rows, saved in self._rows:
             weights[rows] = saved
+
+
+def _room_for(parameter: Tensor, room: dict[Tensor, Tensor]) -> Tensor:
+    """Return memory of the shape of a parameter, on the CPU the same in every step.
+
+    There new memory costs more than the copy; accelerators have allocators of their own.
+    """
+    known = room.get(parameter)
+    if known is not None and (known.shape, known.dtype, known.device, known.stride()) == (
+        parameter.shape,
+        parameter.dtype,
+        parameter.device,
+        parameter.stride(),
+    ):
+        return known
+    new = torch.empty_like(parameter, requires_grad=False)
+    if new.device.type == "cpu":
+        room[parameter] = new
+    return new
+
+
+def _move(weights: list[Tensor], steps: list[Tensor], delta: Sequence[Tensor] | Ray) -> None:
+    """Add ``steps`` to ``weights``, over the divisor of ``delta`` if it has one."""
+    if not isinstance(delta, Ray):
+        torch._foreach_add_(weights, steps)
+    elif on_host(*weights, delta.divisor):
+        torch._foreach_addcdiv_(weights, steps, [delta.divisor] * len(steps))
+    else:
+        torch._foreach_add_(weights, Ray(steps, delta.divisor).write())

@@ -26,6 +26,7 @@ from sharpkit.optim._guards import RandomState
 from sharpkit.optim._passes import Passes
 from sharpkit.optim._scaling import forget_scaler, found_overflow
 from sharpkit.optim._slots import Slot
+from sharpkit.optim._tensors import Ray
 
 __all__ = ["SharpnessAware"]
 
@@ -124,7 +125,7 @@ class SharpnessAware(Passes, Resumable):
 
     # -- what a method says --------------------------------------------------------------
 
-    def _perturbation(self, slots: Sequence[Slot]) -> list[Tensor]:
+    def _perturbation(self, slots: Sequence[Slot]) -> Sequence[Tensor] | Ray:
         """Return the perturbation of every slot, shaped like its gradient.
 
         What must be kept for the next steps goes to ``self._staged``; it replaces the same

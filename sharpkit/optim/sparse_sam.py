@@ -32,7 +32,9 @@ class _SparseSAM(SharpnessAware):
     def _perturbation(self, slots: Sequence[Slot]) -> list[Tensor]:
         mask = self.memory["mask"]
         delta = tensors.unit([slot.gradient for slot in slots], size=self.rho)
-        return [d * mask[slot.parameter].to(d) for d, slot in zip(delta, slots, strict=True)]
+        for d, slot in zip(delta, slots, strict=True):
+            d.mul_(mask[slot.parameter].to(d.device))
+        return delta
 
     def _num_kept(self) -> int:
         total = sum(p.numel() for p in self.perturbed_parameters())
