@@ -11,7 +11,7 @@ from test_optim_training import X, Y, loss_of
 from torch import nn
 
 from sharpkit.errors import SettingsError
-from sharpkit.optim import GSAM, SAM, LookSAM, MongeSAM
+from sharpkit.optim import GSAM, SAM, DynamicSparseSAM, LookSAM, MongeSAM
 
 # -- buffers -------------------------------------------------------------------------------
 
@@ -230,3 +230,42 @@ def test_a_forgotten_step_leaves_no_hook():
     del opt
     gc.collect()
     assert not hooks
+
+
+# -- which pass it is ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_step_has_one_first_pass_over_its_examples(case):
+    make, _ = CASES[case]
+    model, seen = network(), []
+    opt = make(sgd(model), model)
+    model.register_forward_hook(lambda _, given, __: seen.append((opt.first_pass, len(given[0]))))
+    for x, y in BATCHES[:4]:
+        seen.clear()
+        one_step(opt, model, x, y)
+        assert sum(rows for first, rows in seen if first) == len(x)
+        assert seen[0][0]
+    assert opt.first_pass
+
+
+def test_by_hand_the_first_pass_ends_with_first_step():
+    model = network()
+    opt = SAM(sgd(model))
+    loss_of(model).backward()
+    assert opt.first_pass
+    opt.first_step()
+    assert not opt.first_pass
+    loss_of(model).backward()
+    opt.step()
+    assert opt.first_pass
+
+
+def test_the_passes_for_a_mask_are_none_of_a_step():
+    model, seen = network(), []
+    opt = DynamicSparseSAM(sgd(model))
+    model.register_forward_hook(lambda *_: seen.append(opt.first_pass))
+    opt.update_mask(closure_of(model, opt, X, Y), progress=0.5)
+    assert seen
+    assert not any(seen)
+    assert opt.first_pass

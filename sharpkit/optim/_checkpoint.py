@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharpkit.errors import SettingsError
-from sharpkit.optim._wrapper import Wrapper
+from sharpkit.optim._wrapper import Wrapper, of_itself
 
 __all__ = ["KEY", "Resumable"]
 
@@ -73,6 +73,7 @@ class Resumable(Wrapper):
     _generator: torch.Generator | None
     _begun: bool
 
+    @of_itself
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state dict with one key more for the wrapper.
 
@@ -93,6 +94,7 @@ class Resumable(Wrapper):
             own["generator"] = self._generator.get_state()
         return {**self.base.state_dict(), KEY: own}
 
+    @of_itself
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; settings come back too, as torch does it.

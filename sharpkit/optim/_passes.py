@@ -56,6 +56,8 @@ class Passes(Wrapper):
         self._selected = None if perturb is None else list(perturb)
         self._displacement: Displacement | None = None
         self._room: dict[Tensor, Tensor] = {}
+        self._pass_number = 0
+        self._begun = False
         self._buffers: BufferGuard | None = None
         self._watch: StatisticsWatch | None = None
         self._watched = model is not None
@@ -101,9 +103,18 @@ class Passes(Wrapper):
 
     # -- passes --------------------------------------------------------------------------
 
+    @property
+    def first_pass(self) -> bool:
+        """Whether the pass at hand is the first of its step: log and count in this one alone.
+
+        By hand, whether `first_step` is still to come.
+        """
+        return self._pass_number == 1 if self._pass_number else not self._begun
+
     def _pass(self, closure: Callable[..., Any], *arguments: Any) -> Any:
         for parameter in self.parameters():
             parameter.grad = None
+        self._pass_number += 1
         with torch.enable_grad():
             return closure(*arguments)
 

@@ -27,6 +27,7 @@ from sharpkit.optim._passes import Passes
 from sharpkit.optim._scaling import forget_scaler, found_overflow
 from sharpkit.optim._slots import Slot
 from sharpkit.optim._tensors import Ray
+from sharpkit.optim._wrapper import of_itself
 
 __all__ = ["SharpnessAware"]
 
@@ -119,7 +120,6 @@ class SharpnessAware(Passes, Resumable):
         self._staged: dict[str, dict[Tensor, Tensor]] = {}
         self._generator: torch.Generator | None = None
         self._first: dict[Tensor, Tensor] = {}
-        self._begun = False
         self._skipped = False
         self._looked_twice = False
 
@@ -211,6 +211,7 @@ class SharpnessAware(Passes, Resumable):
         self._finish(scaler)
         return loss
 
+    @of_itself
     def first_step(self, *, scaler: Any = None) -> bool:
         """Perturb the parameters by the gradients that ``backward`` has left.
 
@@ -251,6 +252,7 @@ class SharpnessAware(Passes, Resumable):
             self._perturb()
             return True
 
+    @of_itself
     def restore(self) -> None:
         """Put weights and buffers back as they were before `first_step`, and give it up.
 
@@ -259,6 +261,7 @@ class SharpnessAware(Passes, Resumable):
         self._undo()
         self._watch = None
         self._begun = self._skipped = self._looked_twice = False
+        self._pass_number = 0
         self._first = {}
         self._staged = {}
 

@@ -52,6 +52,7 @@ class _SparseSAM(SharpnessAware):
         """Return the gradient of a pass that leaves nothing behind, flat, on the CPU."""
         before = {p: p.grad for p in self.parameters()}
         random = RandomState(self.parameters())
+        self._pass_number = 1  # no first pass of a step
         try:
             with kept_buffers(self.model):
                 self._pass(closure, *arguments)
@@ -61,6 +62,7 @@ class _SparseSAM(SharpnessAware):
             ]
             return torch.cat([part.to(torch.float64) for part in parts])
         finally:
+            self._pass_number = 0
             random.restore()
             for parameter, gradient in before.items():
                 parameter.grad = gradient
