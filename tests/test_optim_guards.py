@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 
 import numpy as np
 import pytest
@@ -269,3 +270,56 @@ def test_the_passes_for_a_mask_are_none_of_a_step():
     assert seen
     assert not any(seen)
     assert opt.first_pass
+
+
+# -- memory --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_that_a_closure_keeps_are_not_written_into(case):
+    make, _ = CASES[case]
+    model, kept = network(), []
+    opt = make(sgd(model), model)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda p: kept.append((p.grad, p.grad.clone()))
+        )
+    for batch in BATCHES[:4]:
+        one_step(opt, model, *batch)
+    assert len(kept) >= 16
+    assert all(torch.equal(now, then) for now, then in kept)
+
+
+def test_the_memory_of_the_old_weights_stays_and_is_no_part_of_copies():
+    model = network()
+    opt = SAM(sgd(model))
+    one_step(opt, model, X, Y)
+    addresses = {p: room.data_ptr() for p, room in opt._room.items()}
+    assert set(addresses) == set(model.parameters())
+    one_step(opt, model, X, Y)
+    assert {p: room.data_ptr() for p, room in opt._room.items()} == addresses
+    assert not copy.deepcopy(opt)._room
+    assert not pickle.loads(pickle.dumps(opt))._room
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "layout"])
+def test_parameters_that_change_between_steps_get_new_memory(change):
+    w = nn.Parameter(torch.arange(6.0).reshape(2, 3) + 1)
+    opt, seen = SAM(torch.optim.SGD([w], lr=0.0), rho=7.3), []
+
+    def closure():
+        seen.append(w.detach().clone())
+        (w**2).sum().backward()
+
+    opt.step(closure)
+    opt.zero_grad()
+    w.data = {
+        "shape": torch.arange(8.0).reshape(4, 2),
+        "dtype": w.data.double() / 3,
+        "layout": w.data.t().contiguous().t(),
+    }[change]
+    before = w.detach().clone()
+    opt.step(closure)
+    assert torch.equal(w, before)
+    assert torch.equal(seen[2], before)
+    assert not torch.equal(seen[3], before)
