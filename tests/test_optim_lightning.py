@@ -308,17 +308,19 @@ def fit_recipe(cls):
     trainer = trainer_of(max_epochs=2)
     trainer.fit(module, loader(*rows(), size=32))
     assert trainer.global_step == 6
-    return module, net
+    return module, net, trainer.callback_metrics
 
 
 def test_the_classifier_of_the_recipe(recipe):
-    module, net = fit_recipe(recipe["Classifier"])
+    module, net, logged = fit_recipe(recipe["Classifier"])
+    losses = []
 
     def step(opt, net, x, y):
-        opt.step(lambda: _backward(CE(net(x), y)))
+        losses.append(opt.step(lambda: _backward(CE(net(x), y))).item())
 
     recipe_loop(net, step, clipped_sam)
     assert same(module.net, net)
+    assert logged["loss"].item() == losses[-1]  # of the first pass
 
 
 def _backward(loss):
@@ -327,7 +329,7 @@ def _backward(loss):
 
 
 def test_the_accumulation_of_the_recipe(recipe):
-    module, net = fit_recipe(recipe["Accumulated"])
+    module, net, _ = fit_recipe(recipe["Accumulated"])
 
     def step(opt, net, x, y):
         def closure():
@@ -341,7 +343,7 @@ def test_the_accumulation_of_the_recipe(recipe):
 
 
 def test_the_micro_batches_of_the_recipe(recipe):
-    module, net = fit_recipe(recipe["MicroBatched"])
+    module, net, _ = fit_recipe(recipe["MicroBatched"])
 
     def step(opt, net, x, y):
         parts = list(zip(x.chunk(4), y.chunk(4), strict=True))

@@ -87,12 +87,8 @@ def _room_for(parameter: Tensor, room: dict[Tensor, Tensor]) -> Tensor:
     There new memory costs more than the copy; accelerators have allocators of their own.
     """
     known = room.get(parameter)
-    if known is not None and (known.shape, known.dtype, known.device, known.stride()) == (
-        parameter.shape,
-        parameter.dtype,
-        parameter.device,
-        parameter.stride(),
-    ):
+    wanted = parameter.shape, parameter.dtype, parameter.device
+    if known is not None and (known.shape, known.dtype, known.device) == wanted:
         return known
     new = torch.empty_like(parameter, requires_grad=False)
     if new.device.type == "cpu":
