@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install curvlinops 3.0.1 as a witness without the dependencies that would replace torch.
+# Install curvlinops 3.0.1 as a witness without the dependencies that would replace torch, and
+# pytorch_optimizer 4.1.0 for the table of optimizers.
 #
 # A plain install pulls backpack-for-pytorch, which pulls torchvision and with it another
 # torch. Only what curvlinops imports is installed here, each package without its own
@@ -18,11 +19,13 @@ before=$(version)
     einconv==0.1.0 \
     linear_operator==0.6 \
     jaxtyping==0.3.2 \
-    wadler-lindig==0.1.7
+    wadler-lindig==0.1.7 \
+    pytorch_optimizer==4.1.0
 after=$(version)
 if [ "$before" != "$after" ]; then
     echo "torch changed from $before to $after: reinstall it" >&2
     exit 1
 fi
 "$python" -c 'import curvlinops' || { echo "curvlinops does not import" >&2; exit 1; }
-echo "curvlinops 3.0.1 installed beside torch $after"
+"$python" -c 'import pytorch_optimizer' || { echo "pytorch_optimizer does not import" >&2; exit 1; }
+echo "curvlinops 3.0.1 and pytorch_optimizer 4.1.0 installed beside torch $after"

@@ -8,13 +8,15 @@ gradient is ``zero_grad``, forward and backward. In every repeat every optimizer
 time over theirs; the table has medians over the repeats, lowest and highest in brackets.
 EigenSAM's two kinds of steps are timed apart and added up for one look in 100. "by hand" is the
 loop that most implementations of SAM share, written here: clone, norm of norms, add, restore,
-step. pytorch_optimizer's SAM is timed beside it where it is installed.
+step. Those of pytorch_optimizer, with its defaults, run beside them where it is installed
+(``benchmarks/install_peers.sh``); without it each is left out with a line.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,10 +33,11 @@ from sharpkit.geometry.layouts import find_pairs
 CE = nn.CrossEntropyLoss()
 Step = Callable[[], Any]
 SHARDS, LOOK = 8, 5
+BASE = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
 
 
 def base_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    return torch.optim.SGD(model.parameters(), **BASE)
 
 
 def closure_of(model: nn.Module, x: Tensor, y: Tensor) -> Step:
@@ -79,19 +82,65 @@ def by_hand(model: nn.Module, x: Tensor, y: Tensor) -> Step:
     return step
 
 
-def kozistr(model: nn.Module, x: Tensor, y: Tensor) -> Step:
-    from pytorch_optimizer import SAM  # type: ignore[import-not-found]
+def peer_sam(adaptive: bool = False) -> Callable[..., Step]:
+    def build(model: nn.Module, x: Tensor, y: Tensor) -> Step:
+        from pytorch_optimizer import SAM  # type: ignore[import-not-found]
 
-    opt = SAM(model.parameters(), torch.optim.SGD, lr=1e-3, momentum=0.9, weight_decay=5e-4)
+        opt = SAM(model.parameters(), torch.optim.SGD, adaptive=adaptive, **BASE)
+        closure = closure_of(model, x, y)
+
+        def step() -> None:
+            closure()
+            opt.first_step(zero_grad=True)
+            closure()
+            opt.second_step(zero_grad=True)
+
+        return step
+
+    return build
+
+
+def peer_gsam(model: nn.Module, x: Tensor, y: Tensor) -> Step:
+    from pytorch_optimizer import GSAM
+
+    class Fixed:
+        def step(self) -> float:
+            return 0.05
+
+    opt = GSAM(model.parameters(), base_of(model), model, Fixed())
+    opt.set_closure(CE, x, y)
+    return opt.step
+
+
+def peer_wsam(model: nn.Module, x: Tensor, y: Tensor) -> Step:
+    from pytorch_optimizer import WSAM
+
+    opt = WSAM(model, model.parameters(), torch.optim.SGD, **BASE)
     closure = closure_of(model, x, y)
 
-    def step() -> None:
-        closure()
-        opt.first_step(zero_grad=True)
-        closure()
-        opt.second_step(zero_grad=True)
+    def cleared() -> Tensor:
+        opt.zero_grad()
+        return closure()  # type: ignore[no-any-return]
 
-    return step
+    return lambda: opt.step(cleared)
+
+
+def peer_look(model: nn.Module, x: Tensor, y: Tensor) -> Step:
+    """By hand: its ``step(closure)`` makes two passes in every step."""
+    from pytorch_optimizer import LookSAM
+
+    opt = LookSAM(model.parameters(), torch.optim.SGD, k=LOOK, **BASE)
+    closure = closure_of(model, x, y)
+
+    def cycle() -> None:
+        for _ in range(LOOK):
+            closure()
+            if opt.get_step() % LOOK == 0:
+                opt.first_step(zero_grad=True)
+                closure()
+            opt.second_step(zero_grad=True)
+
+    return cycle
 
 
 def wrapped(make: Callable[..., Any], **settings: Any) -> Callable[..., Step]:
@@ -205,7 +254,6 @@ METHODS: dict[str, tuple[Callable[..., Step | None], int]] = {
     "SGD": (plain, 1),
     "SGD, 8 micro-batches": (accumulated, 1),
     "SAM by hand": (by_hand, 1),
-    "SAM, pytorch_optimizer": (kozistr, 1),
     "SAM": (wrapped(optim.SAM), 1),
     "ASAM": (wrapped(optim.ASAM), 1),
     "FisherSAM": (wrapped(optim.FisherSAM), 1),
@@ -225,6 +273,11 @@ METHODS: dict[str, tuple[Callable[..., Step | None], int]] = {
     "GeodesicSAM": (geodesic, 1),
     "SAFLoss": (saf, 1),
     "MESALoss": (mesa, 1),
+    "pytorch_optimizer: SAM": (peer_sam(), 1),
+    "pytorch_optimizer: adaptive SAM": (peer_sam(adaptive=True), 1),
+    "pytorch_optimizer: LookSAM, every 5": (peer_look, LOOK),
+    "pytorch_optimizer: GSAM": (peer_gsam, 1),
+    "pytorch_optimizer: WSAM": (peer_wsam, 1),
 }
 
 
@@ -245,7 +298,8 @@ def costs(name: str, repeats: int, methods: list[str]) -> dict[str, list[float]]
         model = MODELS[name]()[0].train()
         try:
             built = METHODS[method][0](model, x, y)
-        except ImportError:
+        except ImportError as missing:
+            print(f"{method} is left out: {missing}", file=sys.stderr)
             continue
         if built is not None:
             steps[method] = built

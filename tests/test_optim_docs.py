@@ -7,27 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes import OWN, PACKAGES, PAGE, blocks_of, run
 
 from sharpkit import optim
-
-PAGE = (Path(__file__).parents[1] / "docs" / "optimizers.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-NEEDS = {"lightning": "lightning", "accelerate": "accelerate", "transformers": "transformers"}
-
-
-def needs(block):
-    """The package beyond torch that a block is about, if any."""
-    found = re.findall(r"^(?:import|from) (\w+)", block, re.MULTILINE)
-    return next((NEEDS[name] for name in found if name in NEEDS), None)
-
-
-def run(blocks, namespace):
-    for block in blocks:
-        exec(compile(block, "docs/optimizers.md", "exec"), namespace)
-    return namespace
-
-
-OWN = [block for block in BLOCKS if needs(block) is None]
 
 
 def test_the_blocks_that_need_torch_alone_run_in_order():
@@ -39,10 +21,10 @@ def test_the_blocks_that_need_torch_alone_run_in_order():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["accelerate", "transformers", "lightning"])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_the_recipes_run(package):
     pytest.importorskip(package, reason=f"{package} is not installed; its recipe is not run")
-    blocks = [block for block in BLOCKS if needs(block) == package]
+    blocks = blocks_of(package)
     assert blocks
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the packages

@@ -240,15 +240,19 @@ def test_a_base_that_maximises_is_refused():
 @pytest.mark.parametrize("make", [SAM, lambda base: MongeSAM(base, neighbours=1, spread=0.5)])
 def test_an_interruption_while_the_weights_move_restores_them(make, monkeypatch):
     model = network()
-    opt, before, add = make(sgd(model)), flat(model), torch._foreach_add_
+    opt, before = make(sgd(model)), flat(model)
     moved = []
 
-    def interrupted(tensors, other, **more):
-        add(tensors, other, **more)
-        moved.append(flat(model))
-        raise KeyboardInterrupt
+    def interrupts(usual):
+        def interrupted(*given, **more):
+            usual(*given, **more)
+            moved.append(flat(model))
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "_foreach_add_", interrupted)
+        return interrupted
+
+    for name in ("_foreach_add_", "_foreach_addcdiv_"):  # whichever moves them
+        monkeypatch.setattr(torch, name, interrupts(getattr(torch, name)))
     with pytest.raises(KeyboardInterrupt):
         opt.step(closure_of(model, opt, X, Y))
     assert not np.array_equal(moved[0], before)

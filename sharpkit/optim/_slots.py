@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sharpkit.optim._tensors import Ray, on_host
+
 __all__ = ["Displacement", "Slot", "slots_of"]
 
 
@@ -48,21 +50,33 @@ class Displacement:
     The old values are copied, not recomputed: ``(w + d) - d`` is not ``w`` in floating point.
     """
 
-    def __init__(self, slots: Sequence[Slot]) -> None:
-        """Keep the values of ``slots``; `move` changes them, so that `undo` is there before."""
+    def __init__(self, slots: Sequence[Slot], room: dict[Tensor, Tensor] | None = None) -> None:
+        """Keep the values of ``slots``; `move` changes them, so that `undo` is there before.
+
+        Args:
+            slots: What is to move.
+            room: Memory for the copies, kept from step to step.
+        """
+        room = {} if room is None else room
         self._kinds = [slot.rows is None for slot in slots]
-        self._whole = [slot.parameter.detach() for slot in slots if slot.rows is None]
-        self._saved = [weights.clone() for weights in self._whole]
+        whole = [slot.parameter for slot in slots if slot.rows is None]
+        self._whole = [parameter.detach() for parameter in whole]
+        self._saved = [_room_for(parameter, room) for parameter in whole]
+        if whole:
+            torch._foreach_copy_(self._saved, self._whole)
         self._rows = [(s.parameter.detach(), s.rows, s.point) for s in slots if s.rows is not None]
 
-    def move(self, delta: Sequence[Tensor]) -> None:
+    def move(self, delta: Sequence[Tensor] | Ray) -> None:
         """Move the parameters by ``delta``, one for every slot."""
-        whole = [d for d, is_whole in zip(delta, self._kinds, strict=True) if is_whole]
-        rows = [d for d, is_whole in zip(delta, self._kinds, strict=True) if not is_whole]
+        steps = delta.tensors if isinstance(delta, Ray) else delta
+        whole = [d for d, is_whole in zip(steps, self._kinds, strict=True) if is_whole]
+        rows = [d for d, is_whole in zip(steps, self._kinds, strict=True) if not is_whole]
         if whole:
-            torch._foreach_add_(self._whole, whole)
+            _move(self._whole, whole, delta)
         for (weights, where, saved), d in zip(self._rows, rows, strict=True):
-            weights[where] = saved + d
+            point = saved.clone()
+            _move([point], [d], delta)
+            weights[where] = point
 
     def undo(self) -> None:
         """Put the old values back."""
@@ -70,3 +84,28 @@ class Displacement:
             torch._foreach_copy_(self._whole, self._saved)
         for weights, rows, saved in self._rows:
             weights[rows] = saved
+
+
+def _room_for(parameter: Tensor, room: dict[Tensor, Tensor]) -> Tensor:
+    """Return memory of the shape of a parameter, on the CPU the same in every step.
+
+    There new memory costs more than the copy; accelerators have allocators of their own.
+    """
+    known = room.get(parameter)
+    wanted = parameter.shape, parameter.dtype, parameter.device
+    if known is not None and (known.shape, known.dtype, known.device) == wanted:
+        return known
+    new = torch.empty_like(parameter, requires_grad=False)
+    if new.device.type == "cpu":
+        room[parameter] = new
+    return new
+
+
+def _move(weights: list[Tensor], steps: list[Tensor], delta: Sequence[Tensor] | Ray) -> None:
+    """Add ``steps`` to ``weights``, over the divisor of ``delta`` if it has one."""
+    if not isinstance(delta, Ray):
+        torch._foreach_add_(weights, steps)
+    elif on_host(*weights, delta.divisor):
+        torch._foreach_addcdiv_(weights, steps, [delta.divisor] * len(steps))
+    else:
+        torch._foreach_add_(weights, Ray(steps, delta.divisor).write())

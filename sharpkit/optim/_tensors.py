@@ -7,11 +7,12 @@ nothing here waits for it. Tensors on several devices meet on the first one's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["add", "dot", "norm", "scale", "unit"]
+__all__ = ["Ray", "add", "dot", "norm", "on_host", "ray", "scale", "scale_", "unit"]
 
 
 def _sum_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -49,31 +50,67 @@ def scale(tensors: Sequence[Tensor], factor: Tensor | float) -> list[Tensor]:
     return _as(tensors, [tensor * factor.to(tensor.device) for tensor in tensors])
 
 
+def scale_(tensors: list[Tensor], factor: Tensor | float) -> list[Tensor]:
+    """Multiply the tensors in place, and return them."""
+    if isinstance(factor, Tensor) and any(t.device != factor.device for t in tensors):
+        for tensor in tensors:
+            tensor.mul_(factor.to(tensor.device))
+    else:
+        torch._foreach_mul_(tensors, factor)
+    return tensors
+
+
 def add(
     left: Sequence[Tensor], right: Sequence[Tensor], factor: Tensor | float = 1.0
 ) -> list[Tensor]:
     """Return ``left + factor * right`` in new tensors."""
-    if isinstance(factor, Tensor):
-        right, factor = scale(right, factor), 1.0
-    return list(torch._foreach_add(list(left), list(right), alpha=factor))
+    if not isinstance(factor, Tensor):
+        return list(torch._foreach_add(list(left), list(right), alpha=factor))
+    if on_host(*left, *right, factor):
+        return list(torch._foreach_addcmul(list(left), list(right), [factor] * len(left)))
+    return list(torch._foreach_add(scale(right, factor), list(left)))
 
 
-def unit(
-    tensors: Sequence[Tensor], length: Tensor | None = None, size: float = 1.0
-) -> list[Tensor]:
+def on_host(*tensors: Tensor) -> bool:
+    """Return whether all are on the CPU, where one pass over the memory costs more than a call.
+
+    On an accelerator it is the other way round: two operations on all tensors together take
+    two launches, a fused one that ``torch._foreach`` takes apart one for every tensor.
+    """
+    return all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class Ray:
+    """Tensors over one divisor, a scalar tensor: a perturbation that is not written out."""
+
+    tensors: Sequence[Tensor]
+    divisor: Tensor
+
+    def write(self) -> list[Tensor]:
+        """Return the quotients in new tensors."""
+        if all(tensor.device == self.divisor.device for tensor in self.tensors):
+            return _as(self.tensors, torch._foreach_div(list(self.tensors), self.divisor))
+        divided = [tensor / self.divisor.to(tensor.device) for tensor in self.tensors]
+        return _as(self.tensors, divided)
+
+
+def ray(tensors: Sequence[Tensor], length: Tensor | None = None, size: float = 1.0) -> Ray:
     """Return ``size`` times the tensors over ``length`` (their norm); zeros where that is zero.
 
     A length that is not finite gives NaN in every entry, so that it cannot pass unseen.
     """
     length = norm(tensors) if length is None else length
-    divisor = torch.where(length == 0, 1.0, length)
-    divisor = torch.where(torch.isfinite(divisor), divisor, torch.nan)
-    if size == 0:
-        return scale(tensors, 0.0 * divisor)
-    divisor = divisor / size  # one pass over the tensors, not two
-    if all(tensor.device == divisor.device for tensor in tensors):
-        return _as(tensors, torch._foreach_div(list(tensors), divisor))
-    return _as(tensors, [tensor / divisor.to(tensor.device) for tensor in tensors])
+    divisor = torch.where(length == 0, torch.inf, length)
+    divisor = torch.where(torch.isfinite(length), divisor, torch.nan)
+    return Ray(tensors, divisor / size)  # without a size it is infinite
+
+
+def unit(
+    tensors: Sequence[Tensor], length: Tensor | None = None, size: float = 1.0
+) -> list[Tensor]:
+    """Return what `ray` says, written out."""
+    return ray(tensors, length, size).write()
 
 
 def _as(tensors: Sequence[Tensor], results: Sequence[Tensor]) -> list[Tensor]:

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Wrapper"]
+__all__ = ["Wrapper", "of_itself"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+W = TypeVar("W", bound="Wrapper")
+
+
+def of_itself(method: Callable[Concatenate[W, P], R]) -> Callable[Concatenate[W, P], R]:
+    """Run a method on the optimizer inside an object that has only taken its class.
+
+    Lightning's ``self.optimizers()`` is such an object: what a method sets on it is lost.
+    """
+
+    @wraps(method)
+    def run(self: W, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        while "base" not in self.__dict__:
+            self = self.optimizer  # type: ignore[attr-defined]
+        return method(self, *args, **kwargs)
+
+    return run
 
 
 class Wrapper(Optimizer):

@@ -94,10 +94,10 @@ class ASAM(SAM):
             rows = torch.linalg.vector_norm(weights.flatten(1), dim=1)
             size = rows.reshape(-1, *[1] * (weights.ndim - 1)).expand(weights.shape)
         else:
-            size = weights.abs()
+            return weights.abs().add_(self.eta)
         return size + self.eta
 
-    def _perturbation(self, slots: Sequence[Slot]) -> list[Tensor]:
+    def _perturbation(self, slots: Sequence[Slot]) -> list[Tensor] | tensors.Ray:
         plain = {id(parameter) for parameter in self.unscaled}
         sizes = [
             torch.ones_like(slot.gradient) if id(slot.parameter) in plain else self._size(slot)
@@ -105,7 +105,9 @@ class ASAM(SAM):
         ]
         gradient = [slot.gradient for slot in slots]
         if self.norm == "linf":
-            direction = list(map(torch.sign, gradient))
-        else:
-            direction = tensors.unit(torch._foreach_mul(sizes, gradient))
-        return tensors.scale(torch._foreach_mul(sizes, direction), self.rho)
+            signs = list(map(torch.sign, gradient))
+            return tensors.scale_(list(torch._foreach_mul(signs, sizes)), self.rho)
+        scaled = list(torch._foreach_mul(sizes, gradient))
+        length = tensors.norm(scaled)
+        torch._foreach_mul_(scaled, sizes)
+        return tensors.ray(scaled, length, self.rho)

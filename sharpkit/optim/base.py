@@ -7,41 +7,38 @@ and, if it wants both gradients, what to descend along (`SharpnessAware._descent
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sharpkit.errors import SettingsError
-from sharpkit.optim._checkpoint import KEY, check_method, packed, unpacked
+from sharpkit.optim._checkpoint import Resumable
 from sharpkit.optim._checks import (
     at_least_zero,
     check_base,
-    check_group,
     check_not_accumulated,
-    check_parameters,
-    check_selection,
     finite,
     mark_as_used,
 )
-from sharpkit.optim._guards import BufferGuard, RandomState, StatisticsWatch
+from sharpkit.optim._guards import RandomState
+from sharpkit.optim._passes import Passes
 from sharpkit.optim._scaling import (
     check_still_scaled,
     clip,
     forget_scaler,
     found_overflow,
     is_unscaled,
-    unscale_first,
 )
-from sharpkit.optim._slots import Displacement, Slot, slots_of
-from sharpkit.optim._wrapper import Wrapper
+from sharpkit.optim._slots import Slot
+from sharpkit.optim._tensors import Ray
+from sharpkit.optim._wrapper import of_itself
 
 __all__ = ["SharpnessAware"]
 
 
-class SharpnessAware(Wrapper):
+class SharpnessAware(Passes, Resumable):
     r"""Base of the optimizers that take the gradient at a perturbed point.
 
     .. math:: w \leftarrow \operatorname{Base}\bigl(w,\ \nabla L(w + \delta)\bigr),
@@ -89,13 +86,6 @@ class SharpnessAware(Wrapper):
         SettingsError: For settings that make no sense, sharded or complex parameters.
     """
 
-    #: Settings that ``state_dict`` keeps and ``load_state_dict`` brings back.
-    saved_settings: ClassVar[tuple[str, ...]] = ("rho",)
-    #: Whether the method can take gradients with rows only (``nn.Embedding(sparse=True)``).
-    takes_sparse: bool = False
-    #: Whether the step is made from both gradients.
-    uses_first_gradient: ClassVar[bool] = False
-
     # Lets GradScaler call `step` also after an overflow, so that the weights are restored.
     _step_supports_amp_scaling = True
 
@@ -116,11 +106,14 @@ class SharpnessAware(Wrapper):
                 "Expected a plain torch optimizer as `base_optimizer`. Got "
                 f"{type(base_optimizer).__name__}, which wraps one already; wrap its `base`."
             )
-        super().__init__(base_optimizer)
+        super().__init__(
+            base_optimizer,
+            model=model,
+            perturb=perturb,
+            same_randomness=same_randomness,
+            synchronize=synchronize,
+        )
         self.rho = at_least_zero("rho", rho)
-        self.model = model
-        self.same_randomness = same_randomness
-        self.synchronize = synchronize
         self.max_grad_norm = max_grad_norm
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise SettingsError(
@@ -132,21 +125,14 @@ class SharpnessAware(Wrapper):
         """Tensors that the method keeps from step to step, by name and parameter."""
         self._staged: dict[str, dict[Tensor, Tensor]] = {}
         self._generator: torch.Generator | None = None
-        self._selected = None if perturb is None else list(perturb)
-        self._displacement: Displacement | None = None
-        self._buffers: BufferGuard | None = None
-        self._watch: StatisticsWatch | None = None
-        self._watched = model is not None
         self._first: dict[Tensor, Tensor] = {}
-        self._begun = False
         self._skipped = False
         self._looked_twice = False
         self._scaler: Any = None
-        self._check_parameters()
 
     # -- what a method says --------------------------------------------------------------
 
-    def _perturbation(self, slots: Sequence[Slot]) -> list[Tensor]:
+    def _perturbation(self, slots: Sequence[Slot]) -> Sequence[Tensor] | Ray:
         """Return the perturbation of every slot, shaped like its gradient.
 
         What must be kept for the next steps goes to ``self._staged``; it replaces the same
@@ -178,21 +164,6 @@ class SharpnessAware(Wrapper):
 
     def _after_step(self) -> None:
         """Do what follows the base optimizer's step; it is not called if that is skipped."""
-
-    # -- parameters ----------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer."""
-        check_group({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        self._check_parameters()
-
-    def perturbed_parameters(self) -> list[Tensor]:
-        """Return the parameters that the method perturbs, in order."""
-        if self._selected is None:
-            return self.parameters()
-        chosen = {id(p) for p in self._selected}
-        return [p for p in self.parameters() if id(p) in chosen]
 
     # -- stepping ------------------------------------------------------------------------
 
@@ -247,6 +218,7 @@ class SharpnessAware(Wrapper):
         self._finish(scaler)
         return loss
 
+    @of_itself
     def first_step(self, *, scaler: Any = None) -> bool:
         """Perturb the parameters by the gradients that ``backward`` has left.
 
@@ -289,6 +261,7 @@ class SharpnessAware(Wrapper):
             self._perturb()
             return True
 
+    @of_itself
     def restore(self) -> None:
         """Put weights and buffers back as they were before `first_step`, and give it up.
 
@@ -298,71 +271,20 @@ class SharpnessAware(Wrapper):
         if self._watch is not None:
             self._watch, self._watched = None, False  # it has seen no whole step
         self._begun = self._skipped = self._looked_twice = False
+        self._pass_number = 0
         self._scaler = None
         self._first = {}
         self._staged = {}
 
-    # -- parts of a step, for methods that arrange them in another way --------------------
-
-    def _slots(self) -> list[Slot]:
-        slots = slots_of(self.perturbed_parameters())
-        if not self.takes_sparse and any(slot.rows is not None for slot in slots):
-            raise SettingsError(
-                f"Expected dense gradients: {type(self).__name__} keeps or combines whole"
-                " gradients. Got a sparse one. Make the embedding with sparse=False, or use SAM."
-            )
-        return slots
-
     def _perturb(self) -> None:
         """Move the parameters by what the gradients ask for, and clear the gradients."""
         slots = self._slots()
-        self._buffers = BufferGuard(self.model)
+        self._guard()
         self._looked_twice = True
-        if not self._watched:
-            self._watch, self._watched = StatisticsWatch(), True
         if slots:
             self._move(slots, self._perturbation(slots))
         for parameter in self.parameters():
             parameter.grad = None
-
-    def _pass(self, closure: Callable[..., Any], *arguments: Any) -> Any:
-        for parameter in self.parameters():
-            parameter.grad = None
-        with torch.enable_grad():
-            return closure(*arguments)
-
-    def _again(
-        self, random: RandomState | None, closure: Callable[..., Any], *arguments: Any
-    ) -> Any:
-        """Run a pass from an earlier random state if there is one; keep the present one."""
-        if random is None:
-            return self._pass(closure, *arguments)
-        present = RandomState(self.parameters())
-        random.restore()
-        try:
-            return self._pass(closure, *arguments)
-        finally:
-            present.restore()
-
-    def _randomness(self) -> RandomState | None:
-        return RandomState(self.parameters()) if self.same_randomness else None
-
-    def _move(self, slots: Sequence[Slot], delta: Sequence[Tensor]) -> None:
-        self._displacement = Displacement(slots)
-        self._displacement.move(delta)
-        torch.clear_autocast_cache()  # autocast around the step keeps casts of the old weights
-
-    def _undo(self) -> None:
-        with torch.no_grad():
-            if self._displacement is not None:
-                self._displacement.undo()
-                self._displacement = None
-                torch.clear_autocast_cache()
-            if self._buffers is not None:
-                self._buffers.undo()
-                self._buffers = None
-            if self._watch is not None:
-                self._watch.stop()
 
     def _finish(self, scaler: Any) -> None:
         """Restore, then hand the gradient to the base optimizer."""
@@ -410,60 +332,7 @@ class SharpnessAware(Wrapper):
             for parameter, gradient in zip(both, self._descent(both, old, new), strict=True):
                 parameter.grad = gradient
 
-    def _own_gradients(self) -> dict[Tensor, Tensor]:
-        """Return the gradients, copied where the next pass would write into the same memory."""
-        shared = getattr(self.model, "gradient_as_bucket_view", False)
-        return {
-            p: p.grad.clone() if shared or _in_a_bucket(p.grad) else p.grad
-            for p in self.parameters()
-            if p.grad is not None
-        }
-
-    # -- GradScaler ----------------------------------------------------------------------
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.parameters() if p.grad is not None]
-
-    def _unscale_first(self, scaler: Any) -> bool:
-        check_still_scaled(scaler, self, self.base)
-        group = None if self.synchronize else getattr(self.model, "process_group", None)
-        return unscale_first(self._gradients(), scaler, group)
-
-    # -- DistributedDataParallel ---------------------------------------------------------
-
-    def _local_gradients(self) -> AbstractContextManager[Any]:
-        """Keep the gradients of a pass on this rank if the perturbation is per rank."""
-        if self.synchronize:
-            return nullcontext()
-        return self.model.no_sync()  # type: ignore[no-any-return, union-attr, operator]
-
     # -- checks --------------------------------------------------------------------------
-
-    def _check_parameters(self) -> None:
-        check_parameters(self.parameters())
-        if not self.synchronize:
-            if not hasattr(self.model, "no_sync"):
-                raise SettingsError(
-                    "Expected `model=` wrapped in DistributedDataParallel with synchronize=False."
-                    f" Got {type(self.model).__name__}."
-                )
-            if self.uses_first_gradient:
-                raise SettingsError(
-                    f"Expected synchronize=True for {type(self).__name__}, which steps along both"
-                    " gradients. Got False, which leaves the first one different on every rank."
-                )
-        if self._selected is not None:
-            check_selection(self._selected, self.parameters())
-
-    def _check_watch(self) -> None:
-        watch = self._watch
-        if watch is not None and watch.seen is not None:
-            raise SettingsError(
-                f"Expected `model=` for a network with running statistics ({watch.seen}). Got"
-                " none; the perturbed pass would write into them. Give"
-                f" {type(self).__name__}(..., model=model)."
-            )
-        self._watch = None
 
     def _check_scaler_known(self) -> None:
         if not hasattr(self, "found_inf"):
@@ -494,69 +363,6 @@ class SharpnessAware(Wrapper):
             )
         check_not_accumulated(self._gradients())
 
-    # -- checkpoints ---------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state dict with one key more for the wrapper.
-
-        It never holds weights. A base optimizer loads it as its own.
-
-        Raises:
-            SettingsError: Between `first_step` and `step`, when the weights are perturbed.
-        """
-        if self._begun:
-            raise SettingsError(
-                "Expected `state_dict()` between two steps. Got it after `first_step()`, when the"
-                " model has perturbed weights; call `step()` first."
-            )
-        settings = {name: getattr(self, name) for name in self.saved_settings}
-        own = packed(type(self).__name__, self.steps, settings, self.memory, self.parameters())
-        own["more"] = self._more_state()
-        if self._generator is not None:
-            own["generator"] = self._generator.get_state()
-        return {**self.base.state_dict(), KEY: own}
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; settings come back too, as torch does it.
-
-        The state dict of the plain base optimizer is accepted as well and leaves the wrapper as
-        it is, as when training goes over to it half way.
-
-        Raises:
-            SettingsError: If the state dict is of another method, and between `first_step` and
-                `step`.
-        """
-        if self._begun:
-            raise SettingsError(
-                "Expected `load_state_dict()` between two steps. Got it after `first_step()`; call"
-                " `restore()` before the model's weights are loaded."
-            )
-        own = state_dict.get(KEY)
-        check_method(own, type(self).__name__)
-        self.base.load_state_dict({key: v for key, v in state_dict.items() if key != KEY})
-        if own is not None:
-            self.steps, self.memory = own["steps"], unpacked(own["memory"], self.parameters())
-            for name, value in own["settings"].items():
-                setattr(self, name, value)
-            self._load_more_state(own["more"])
-            if self._generator is not None:
-                self._generator.set_state(own["generator"].cpu())
-
-    def _more_state(self) -> dict[str, Any]:
-        """Return what else the method must keep: plain values and tensors."""
-        return {}
-
-    def _load_more_state(self, state: dict[str, Any]) -> None:
-        """Take back what `_more_state` returned."""
-
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.saved_settings)
         return f"{type(self).__name__}({settings}, base={self.base!r})"
-
-
-def _in_a_bucket(gradient: Tensor) -> bool:
-    """Return whether a dense gradient is part of a larger piece of memory."""
-    if gradient.is_sparse:
-        return False
-    return gradient.untyped_storage().nbytes() > gradient.numel() * gradient.element_size()

@@ -172,8 +172,9 @@ class EigenSAM(SharpnessAware):
         ]
         inner = tensors.dot(vector, along)
         across = tensors.add(vector, along, -inner)
-        tilted = tensors.add(along, across, self.alpha * torch.sign(inner))
-        return tensors.scale(tilted, self.rho)
+        tilted = tensors.scale_(across, self.alpha * torch.sign(inner))
+        torch._foreach_add_(tilted, along)
+        return tensors.scale_(tilted, self.rho)
 
     def _after_step(self) -> None:
         looked = self._since % self.every == 0

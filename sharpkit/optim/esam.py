@@ -100,10 +100,7 @@ class ESAM(SharpnessAware):
     def _perturbation(self, slots: Sequence[Slot]) -> list[Tensor]:
         drawn = torch.rand(len(slots), generator=self._generator) < self.beta
         whole = tensors.unit([slot.gradient for slot in slots], size=self.rho / self.beta)
-        return [
-            delta if bool(z) else torch.zeros_like(delta)
-            for delta, z in zip(whole, drawn, strict=True)
-        ]
+        return [delta if bool(z) else delta.zero_() for delta, z in zip(whole, drawn, strict=True)]
 
     def _run(self, closure: Callable[..., Any], scaler: Any) -> Any:
         def mean_of(subset: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
 from torch.optim import Optimizer
 
 from sharpkit.optim import _tensors as tensors
@@ -64,8 +64,9 @@ class FisherSAM(SharpnessAware):
         super().__init__(base_optimizer, rho=rho, **options)
         self.eta = at_least_zero("eta", eta)
 
-    def _perturbation(self, slots: Sequence[Slot]) -> list[Tensor]:
+    def _perturbation(self, slots: Sequence[Slot]) -> tensors.Ray:
         gradient = [slot.gradient for slot in slots]
-        natural = [g / (1 + self.eta * g.square()) for g in gradient]
+        information = [g.square().mul_(self.eta).add_(1.0) for g in gradient]
+        natural = [torch.div(g, f, out=f) for g, f in zip(gradient, information, strict=True)]
         length = tensors.dot(gradient, natural).sqrt()
-        return tensors.unit(natural, length, self.rho)
+        return tensors.ray(natural, length, self.rho)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
 from torch.optim import Optimizer
 
 from sharpkit.optim import _tensors as tensors
@@ -74,7 +74,7 @@ class FriendlySAM(SharpnessAware):
         self.sigma = at_least_zero("sigma", sigma)
         self.decay = fraction("decay", decay, one=False)
 
-    def _perturbation(self, slots: Sequence[Slot]) -> list[Tensor]:
+    def _perturbation(self, slots: Sequence[Slot]) -> tensors.Ray:
         mean = self.memory.get("mean", {})
         renewed = dict(mean)
         noise = []
@@ -82,10 +82,10 @@ class FriendlySAM(SharpnessAware):
             gradient = slot.gradient
             if slot.parameter in mean:
                 old = mean[slot.parameter]
-                noise.append(gradient - self.sigma * old)
-                renewed[slot.parameter] = self.decay * old + (1 - self.decay) * gradient
+                noise.append(torch.sub(gradient, old, alpha=self.sigma))
+                renewed[slot.parameter] = torch.lerp(old, gradient, 1 - self.decay)
             else:
                 noise.append(gradient)
                 renewed[slot.parameter] = gradient.clone()
         self._staged["mean"] = renewed
-        return tensors.unit(noise, size=self.rho)
+        return tensors.ray(noise, size=self.rho)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -91,13 +92,16 @@ class GSAM(SharpnessAware):
         share = min(max((rate - self.lr_min) / (self.lr_max - self.lr_min), 0.0), 1.0)
         return self.rho_min + (self.rho - self.rho_min) * share
 
-    def _perturbation(self, slots: Sequence[Slot]) -> list[Tensor]:
-        return tensors.unit([slot.gradient for slot in slots], size=self.radius())
+    def _perturbation(self, slots: Sequence[Slot]) -> tensors.Ray:
+        return tensors.ray([slot.gradient for slot in slots], size=self.radius())
 
     def _descent(
         self, point: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]
     ) -> Sequence[Tensor]:
         del point
         along = tensors.unit(second)
-        across = tensors.add(first, along, -tensors.dot(first, along))
-        return tensors.add(second, across, -self.alpha)
+        inner = tensors.dot(first, along)
+        step = tensors.scale_(along, self.alpha * inner)  # minus alpha (first - inner along)
+        torch._foreach_add_(step, list(first), alpha=-self.alpha)
+        torch._foreach_add_(step, list(second))
+        return step

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -84,7 +85,8 @@ class LookSAM(SAM):
         self, point: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]
     ) -> Sequence[Tensor]:
         along = tensors.unit(first)
-        across = tensors.add(second, along, -tensors.dot(second, along))
+        across = tensors.scale_(along, -tensors.dot(second, along))
+        torch._foreach_add_(across, list(second))
         self._staged["direction"] = dict(zip(point, tensors.unit(across), strict=True))
         return second
 

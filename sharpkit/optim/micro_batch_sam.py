@@ -113,6 +113,7 @@ class MicroBatches(SharpnessAware):
         mean: Any = None
         for index, weight in enumerate(weights):
             random = self._randomness()
+            self._pass_number = 0  # each micro-batch has a first pass
             with self._local_gradients():
                 loss = self._pass(closure, index)
             if loss is not None:

@@ -90,8 +90,8 @@ class MomentumSAM(SharpnessAware):
                 slots.append(Slot(parameter, None, velocity))
         if slots:
             with torch.no_grad():
-                unit = tensors.unit([slot.gradient for slot in slots])
-                self._move(slots, tensors.scale(unit, -self.rho))
+                velocities = [slot.gradient for slot in slots]
+                self._move(slots, tensors.ray(velocities, size=-self.rho))
         for parameter in self.parameters():
             parameter.grad = None
         return True

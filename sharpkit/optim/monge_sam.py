@@ -133,7 +133,7 @@ class MongeSAM(SharpnessAware):
         for parameter in self.parameters():
             parameter.grad = here.get(parameter)
 
-    def _perturbation(self, slots: Sequence[Slot]) -> list[Tensor]:
+    def _perturbation(self, slots: Sequence[Slot]) -> tensors.Ray:
         gradient = [slot.gradient for slot in slots]
         around, self._around = self._around, []
         if len(around) != self.neighbours:
@@ -152,10 +152,10 @@ class MongeSAM(SharpnessAware):
         self._remember(slots, around)
         if len(rows) == 1:
             length = tensors.norm(gradient)
-            direction = tensors.unit(gradient, length)
-            return tensors.scale(direction, self.rho / torch.sqrt(1 + length.square()))
+            unit = tensors.ray(gradient, length, self.rho)
+            return tensors.Ray(gradient, unit.divisor * torch.sqrt(1 + length.square()))
         natural, square = _inverse(rows)
-        return tensors.unit(natural, square.sqrt(), self.rho)
+        return tensors.ray(natural, square.sqrt(), self.rho)
 
     def _remember(self, slots: Sequence[Slot], around: list[dict[Tensor, Tensor]]) -> None:
         """Stage the gradients of this step, newest first, and drop those too old."""

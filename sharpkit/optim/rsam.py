@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from sharpkit.errors import SettingsError
@@ -107,16 +106,20 @@ class RSAM(SharpnessAware):
         # The only pass of a step goes to the base optimizer: the ranks must agree on it.
         return super()._local_gradients() if self._wants_second_pass() else nullcontext()
 
-    def _perturbation(self, slots: Sequence[Slot]) -> list[Tensor]:
+    def _perturbation(self, slots: Sequence[Slot]) -> tensors.Ray:
         q = tensors.unit([slot.gradient for slot in slots])
-        powers = [torch.sign(part) for part in q]
-        if self.alpha != 0.5:  # the signs alone, else
-            sizes = torch._foreach_pow(torch._foreach_abs(q), 2 * self.alpha - 1)
-            powers = list(torch._foreach_mul(sizes, powers))
-        across = tensors.add(powers, q, -tensors.dot(powers, q))
+        if self.alpha == 0.5:
+            powers = [torch.sign(part) for part in q]
+        else:
+            powers = list(torch._foreach_abs(q))
+            torch._foreach_pow_(powers, 2 * self.alpha - 1)
+            for power, part in zip(powers, q, strict=True):
+                power.copysign_(part)
+        across = tensors.scale_(q, -tensors.dot(powers, q))
+        torch._foreach_add_(across, powers)
         # Entries of equal size leave nothing but rounding, which has no direction.
         length = tensors.norm(across)
         floor = 8 * torch.finfo(q[0].dtype).eps * tensors.norm(powers)
         length = torch.where(length <= floor, torch.inf, length)
         factor = self.rho if self.alpha > 1 else -self.rho
-        return tensors.scale(across, factor / length)
+        return tensors.Ray(across, length / factor)

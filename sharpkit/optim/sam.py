@@ -29,7 +29,8 @@ class SAM(SharpnessAware):
     Invariance: orthogonal maps of the parameters (:math:`\ell_2`), a positive factor on the
     loss. Not layer rescalings that leave the network's function alone.
 
-    Cost: 2 gradients a step, one copy of the perturbed weights during the second pass.
+    Cost: 2 gradients a step, one copy of the perturbed weights during the second pass (on the CPU
+    its memory stays for the next).
 
     Args:
         base_optimizer: An instance of a torch optimizer.
@@ -72,8 +73,8 @@ class SAM(SharpnessAware):
             raise SettingsError(f'Expected `norm` "l2" or "linf". Got {norm!r}.')
         self.norm = norm
 
-    def _perturbation(self, slots: Sequence[Slot]) -> list[Tensor]:
+    def _perturbation(self, slots: Sequence[Slot]) -> list[Tensor] | tensors.Ray:
         gradient = [slot.gradient for slot in slots]
         if self.norm == "linf":
             return tensors.scale(list(map(torch.sign, gradient)), self.rho)
-        return tensors.unit(gradient, size=self.rho)
+        return tensors.ray(gradient, size=self.rho)

@@ -32,7 +32,9 @@ class _SparseSAM(SharpnessAware):
     def _perturbation(self, slots: Sequence[Slot]) -> list[Tensor]:
         mask = self.memory["mask"]
         delta = tensors.unit([slot.gradient for slot in slots], size=self.rho)
-        return [d * mask[slot.parameter].to(d) for d, slot in zip(delta, slots, strict=True)]
+        for d, slot in zip(delta, slots, strict=True):
+            d.mul_(mask[slot.parameter].to(d.device))
+        return delta
 
     def _num_kept(self, total: int) -> int:
         return max(1, round((1 - self.sparsity) * total))
@@ -45,6 +47,7 @@ class _SparseSAM(SharpnessAware):
         """Return the gradient of a pass that leaves nothing behind, flat, on the CPU."""
         before = {p: p.grad for p in self.parameters()}
         random = RandomState(self.parameters())
+        self._pass_number = 1  # no first pass of a step
         try:
             with kept_buffers(self.model):
                 self._pass(closure, *arguments)
@@ -54,6 +57,7 @@ class _SparseSAM(SharpnessAware):
             ]
             return torch.cat([part.to(torch.float64) for part in parts])
         finally:
+            self._pass_number = 0
             random.restore()
             for parameter, gradient in before.items():
                 parameter.grad = gradient

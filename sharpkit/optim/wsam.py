@@ -77,10 +77,12 @@ class WSAM(SAM):
     ) -> Sequence[Tensor]:
         weight = self.gamma / (1 - self.gamma)
         sharpness = tensors.add(second, first, -1.0)
-        if not self.decouple:
-            return tensors.add(first, sharpness, weight)
-        self._sharpness = dict(zip(point, tensors.scale(sharpness, weight), strict=True))
-        return first
+        tensors.scale_(sharpness, weight)
+        if self.decouple:
+            self._sharpness = dict(zip(point, sharpness, strict=True))
+            return first
+        torch._foreach_add_(sharpness, list(first))
+        return sharpness
 
     def restore(self) -> None:  # noqa: D102
         super().restore()
