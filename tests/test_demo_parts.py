@@ -144,7 +144,7 @@ def test_copies_of_a_model_are_no_evidence():
     assert together.tau == taken.tau
     width = [c.high - c.low for c in (alone, taken, together)]
     assert width[1] < 0.7 * width[0]
-    assert 0.88 * width[0] < width[2] <= width[0]  # pairs within settings dilute a little
+    assert 0.88 * width[0] < width[2] <= 1.1 * width[0]  # 16 settings: Student's t widens by 9%
     assert taken.p_value < 0.2 * together.p_value
     assert together.p_value == pytest.approx(alone.p_value, abs=0.03)
     each = kendall(x[0].tolist(), y[0].tolist(), clusters=settings[:16])

@@ -1,4 +1,4 @@
-"""How sharpness and generalization go together over a set of models."""
+"""Kendall's tau of one measure, and of many in a wide table."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.stats
 
-from sharpkit.errors import SettingsError
+from sharpkit.study.correlation.ranks import Sample, codes
+from sharpkit.study.correlation.resampling import (
+    FEWEST,
+    RESAMPLES,
+    draw_counts,
+    draw_orders,
+    interval,
+    permutation_p,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Correlation", "correlate", "kendall", "null_deviation"]
-
-FEWEST = 5  # models: fewer give no interval
-RESAMPLES = 1000
-LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -83,95 +87,40 @@ def kendall(
             Those of one cluster are resampled and permuted together: as independent models
             they would make the interval too narrow. A cluster lies in one group.
 
-    Misleads when models are few: the interval is the percentile bootstrap, which is too
-    narrow below about 10 models.
+    The interval is :func:`sharpkit.study.correlation.resampling.interval`'s; there is none with
+    fewer than 5 models or clusters. p is scipy's without groups and clusters, and otherwise
+    that of 1000 permutations within groups.
 
     Example:
         >>> kendall([1, 2, 3, 4], [1, 3, 2, 4]).tau.round(4)
         np.float64(0.6667)
     """
     a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    labels = np.zeros(len(a), dtype=int)
-    if groups is not None:
-        labels = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
-    alike = np.arange(len(a))
+    labels = codes(groups, len(a))
+    alike = np.arange(len(a)) if clusters is None else codes(clusters, len(a))
     if clusters is not None:
-        alike = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)[1]
-        if any(len(np.unique(labels[alike == c])) > 1 for c in np.unique(alike)):
-            raise SettingsError(
-                "Expected each cluster within one group. Got one with models of two groups. Make"
-                " clusters that also tell the groups apart."
-            )
+        Sample(np.zeros((len(a), 0)), labels, alike)  # raises if a cluster has two groups
     fine = np.isfinite(a) & np.isfinite(b)
-    a, b, labels, alike = a[fine], b[fine], labels[fine], alike[fine]
-    tau = _within(a, b, labels)
-    n = len(a)
+    labels = labels[fine]
+    alike = np.unique(alike[fine], return_inverse=True)[1].reshape(-1)
+    columns = np.stack([a[fine], b[fine]], axis=1)
+    sample = Sample(columns, labels, alike)
+    n = len(columns)
+    tau = np.float64(sample.matrix(sample.once)[0, 0, 1] if n else np.nan)
     if n < FEWEST or not np.isfinite(tau):
         return Correlation(tau, np.nan, np.nan, np.nan, n)
-    rng = np.random.default_rng(seed)
-    # The clusters of each group, each the indices of its models.
-    members = [
-        [np.flatnonzero(alike == c) for c in np.unique(alike[labels == g])]
-        for g in np.unique(labels)
-    ]
-    draws = []
-    for _ in range(RESAMPLES):
-        drawn = [m[c] for m in members for c in rng.choice(len(m), len(m))]
-        index = np.concatenate(drawn, dtype=int)
-        copies = np.repeat(np.arange(len(drawn)), [len(c) for c in drawn])
-        draws.append(_within(a[index], b[index], labels[index], alike[index], copies))
-    low, high = np.nanquantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = interval(
+        float(tau),
+        sample.matrix(draw_counts(sample, seed))[:, 0, 1],
+        units=sample.num_clusters,
+        clustered=sample.num_clusters < n,
+    )
     if groups is None and clusters is None:
-        p_value = float(scipy.stats.kendalltau(a, b).pvalue)
-    else:  # permute clusters of one size within groups
-        shuffled = []
-        for _ in range(RESAMPLES):
-            order = np.arange(n)
-            for m in members:
-                for size in {len(c) for c in m}:
-                    same = [c for c in m if len(c) == size]
-                    moved = rng.permutation(len(same))
-                    order[np.concatenate(same)] = np.concatenate([same[i] for i in moved])
-            shuffled.append(abs(_within(a, b[order], labels)))
-        p_value = float((1 + np.sum(np.array(shuffled) >= abs(tau) - 1e-12)) / (1 + RESAMPLES))
-    return Correlation(tau, float(low), float(high), p_value, n)
-
-
-def _tau_b(a: np.ndarray, b: np.ndarray, apart: np.ndarray | None = None) -> float:
-    # All pairs at once: for the few models of a study far faster than sorting, which counts
-    # when thousands of resamples are drawn.
-    x, y = np.sign(a[:, None] - a), np.sign(b[:, None] - b)
-    if apart is not None:
-        x, y = np.where(apart, x, 0), np.where(apart, y, 0)
-    pairs = np.sqrt((x * x).sum() * (y * y).sum())
-    return float((x * y).sum() / pairs) if pairs else np.nan
-
-
-def _within(
-    a: np.ndarray,
-    b: np.ndarray,
-    labels: np.ndarray,
-    alike: np.ndarray | None = None,
-    copies: np.ndarray | None = None,
-) -> np.float64:
-    # In a resample, two copies of a cluster make no pairs with each other, as two copies of a
-    # model make none.
-    total, weight = 0.0, 0
-    for g in np.unique(labels):
-        mine = labels == g
-        n = int(mine.sum())
-        if n < 2 or np.ptp(a[mine]) == 0 or np.ptp(b[mine]) == 0:
-            continue
-        apart = None
-        if alike is not None and copies is not None:
-            kind, copy = alike[mine], copies[mine]
-            apart = (kind[:, None] != kind) | (copy[:, None] == copy)
-        tau = _tau_b(a[mine], b[mine], apart)
-        if np.isfinite(tau):
-            pairs = n * (n - 1) // 2
-            total += pairs * tau
-            weight += pairs
-    return np.float64(total / weight if weight else np.nan)
+        p_value = float(scipy.stats.kendalltau(columns[:, 0], columns[:, 1]).pvalue)
+    else:
+        orders = draw_orders(alike, labels, seed, RESAMPLES)
+        p_value = float(permutation_p(columns[:, :1], columns[:, 1], labels, orders)[0])
+    return Correlation(tau, low, high, p_value, n)
 
 
 def correlate(
