@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from functools import partial as partial_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -26,7 +27,7 @@ from sharpkit.study.tables import scores_table
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["correlate", "report", "write_figures"]
+__all__ = ["correlate", "report_study", "write_figures"]
 
 MOST_ROWS = 40  # checkpoints in a drawn figure; its CSV has all
 
@@ -110,23 +111,18 @@ def _tables(found: StudyCorrelation, group: str | None) -> list[Table]:
     symbol = {"kendall": "tau", "spearman": "rho", "pearson": "r"}[found.settings["statistic"]]
     kinds = [("", "pooled"), ("_within", f"within {group}"), ("_partial", "partial")]
     frame = found.frame
-    present = [(e, name) for e, name in kinds if f"tau{e}" in frame]
-    # Two kinds of intervals fit beside the names; further numbers get a table of their own.
     tables = []
-    for start in range(0, len(present), 2):
-        chosen = present[start : start + 2]
-        table = _table(f"{symbol} with {found.settings['gap']}", "measure")
-        table.add_column("n", justify="right", no_wrap=True)
-        for _, name in chosen:
-            table.add_column(name, no_wrap=True)
-            table.add_column("p adj.", justify="right", no_wrap=True)
+    for ending, name in kinds:
+        if f"tau{ending}" not in frame:
+            continue
+        table = _table(f"{symbol} with {found.settings['gap']}, {name}", "measure")
+        for column in ("n", f"{symbol} [95% interval]", "p", "p adj."):
+            table.add_column(column, no_wrap=True, justify="right" if column != "n" else "left")
         for row in frame.to_dict("records"):
-            cells = [Text(str(row["measure"])), Text(str(row["n"]))]
-            for ending, _ in chosen:
-                shown = _interval(*(row[f"{k}{ending}"] for k in ("tau", "low", "high")))
-                mark = " !" if ending == "_within" and row.get("disagree") else ""
-                cells += [Text(shown + mark), Text(_p(row.get(f"p{ending}_adjusted")))]
-            table.add_row(*cells)
+            shown = _interval(*(row[f"{k}{ending}"] for k in ("tau", "low", "high")))
+            mark = " !" if ending == "_within" and row.get("disagree") else ""
+            ps = (_p(row.get(f"p{ending}")), _p(row.get(f"p{ending}_adjusted")))
+            table.add_row(*map(Text, (str(row["measure"]), str(row["n"]), shown + mark, *ps)))
         tables.append(table)
     if "psi" in frame:
         table = _table("Granulated tau and sign-errors", "measure")
@@ -166,7 +162,7 @@ def _p(value: float | None) -> str:
 # -- report ------------------------------------------------------------------------------
 
 
-def report(
+def report_study(
     study: StudyArgument,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Page to write, ending in .html.")
@@ -229,25 +225,24 @@ def write_figures(data: ReportData, folder: Path) -> list[Path]:
     names: set[str] = set()
     written: list[Path] = []
 
-    def put(name: str, frame: pd.DataFrame, draw: Callable[[], Any]) -> None:
+    def put(name: str, frame: pd.DataFrame, axes: Any) -> None:
         from sharpkit import plots
 
         stem = _free(name, names)
         table = folder / f"{stem}.csv"
-        _writing(table, lambda: frame.to_csv(table, index=False))
-        axes = draw()
+        _writing(table, partial_(frame.to_csv, table, index=False))
         for ending in (".png", ".svg"):
             path = folder / f"{stem}{ending}"
-            _writing(path, lambda p=path: plots.save_figure(axes, p))  # type: ignore[misc]
+            _writing(path, partial_(plots.save_figure, axes, path))
             written.append(path)
         written.append(table)
 
     _put_gaps(data, put)
     if len(data.taus):
-        put("tau", data.taus, lambda: _forest(data))
+        put("tau", data.taus, _forest(data))
     for kind, parts in (("layers", data.layers), ("spectra", data.eigenvalues)):
         for label, rows in parts.frame.groupby("label", sort=True):
-            put(f"{kind}_{label}", rows, lambda k=kind, r=rows, t=str(label): _drawn(k, r, t))
+            put(f"{kind}_{label}", rows, _drawn(kind, rows, str(label)))
     return written
 
 
@@ -262,7 +257,7 @@ def _free(name: str, names: set[str]) -> str:
     return found
 
 
-Put = Callable[[str, Any, Callable[[], Any]], None]
+Put = Callable[[str, Any, Any], None]
 
 
 def _put_gaps(data: ReportData, put: Put) -> None:
@@ -273,7 +268,7 @@ def _put_gaps(data: ReportData, put: Put) -> None:
     rows = data.rows[data.rows["label"].notna() & data.rows["error"].isna()]
     rows = rows[np.isfinite(rows["value"]) & np.isfinite(rows["gap"])]
     for label, mine in rows.groupby("label", sort=True):
-        put(f"gap_{label}", mine, lambda m=mine, t=str(label): _scatter(data, m, t))
+        put(f"gap_{label}", mine, _scatter(data, mine, str(label)))
 
 
 def _scatter(data: ReportData, rows: pd.DataFrame, label: str) -> Any:

@@ -37,7 +37,9 @@ class Browser:
         self.downloads.mkdir()
         log = folder / "log"
         self._driver = subprocess.Popen(
-            [shutil.which("chromedriver"), "--port=0"], stdout=log.open("w"), stderr=subprocess.STDOUT
+            [shutil.which("chromedriver"), "--port=0"],
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
         )
         try:
             self._url = f"http://127.0.0.1:{self._port(log)}"

@@ -356,7 +356,9 @@ def test_sign_errors_are_counted(kind, num_test):
 
 def test_weights_are_hoeffdings():
     gaps = [0.0, 0.01, 0.02, 0.0231, 0.03, 0.3]
-    assert hoeffding_weights(np.array(gaps), 10000) == pytest.approx([weight(g, 10000) for g in gaps])
+    assert hoeffding_weights(np.array(gaps), 10000) == pytest.approx(
+        [weight(g, 10000) for g in gaps]
+    )
     assert (hoeffding_weights(np.array(gaps), None) == 1).all()
     with pytest.raises(SettingsError, match="num_test"):
         hoeffding_weights(np.array(gaps), 0)

@@ -115,7 +115,9 @@ def p_values(kind, trials, statistic="kendall"):
     found = []
     for _ in range(trials):
         size = 3 if "clusters" in kind else 1
-        x, y, _, cluster, group = study(rng, 24, 0.0, size=size, groups=2 if "groups" in kind else 1)
+        x, y, _, cluster, group = study(
+            rng, 24, 0.0, size=size, groups=2 if "groups" in kind else 1
+        )
         if kind == "partial":  # x and y have nothing in common but z
             z = rng.normal(size=(24, 1))
             x, y = x + 1.3 * z[:, 0], np.exp(y + 1.3 * z[:, 0])

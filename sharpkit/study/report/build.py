@@ -85,11 +85,11 @@ def write_page(data: ReportData, path: str | Path) -> Path:
 
 
 def embed(value: Any) -> str:
-    """Return JSON that can stand in a script element: ASCII, without ``<``, ``>`` and ``&``.
+    r"""Return JSON that can stand in a script element: ASCII, without ``<``, ``>`` and ``&``.
 
     Example:
         >>> embed({"name": "</script>"})
-        '{"name":"\\\\u003c/script\\\\u003e"}'
+        '{"name":"\\u003c/script\\u003e"}'
     """
     text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=True)
     return text.translate(_HTML)
@@ -168,9 +168,7 @@ def _plain(data: ReportData) -> dict[str, Any]:
         "remarks": list(data.remarks),
         "layers": _parts(data.layers),
         "eigenvalues": _parts(data.eigenvalues),
-        "facts": [
-            {"title": f.title, "columns": f.columns, "rows": f.rows} for f in data.facts
-        ],
+        "facts": [{"title": f.title, "columns": f.columns, "rows": f.rows} for f in data.facts],
         "failures": _table(data.failures),
         "notes": _table(data.notes.head(MOST_NOTES)),
         "notes_left_out": max(len(data.notes) - MOST_NOTES, 0),

@@ -145,7 +145,9 @@ def data_warnings(store: Store) -> tuple[str, ...]:
             )
     versions = set().union(*(sets[2] for sets in seen.values()))
     if len(versions) > 1:
-        found.append(f"Scores come from several versions of sharpkit: {', '.join(sorted(versions))}.")
+        found.append(
+            f"Scores come from several versions of sharpkit: {', '.join(sorted(versions))}."
+        )
     return tuple(found)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.stats
@@ -46,7 +46,7 @@ def measured_taus(long: pd.DataFrame, gap: str, group: str | None) -> tuple[pd.D
         fine = np.isfinite(x)
         loose = ~models.converged[label].to_numpy(dtype=bool) & fine
         x, y = x[fine], models.gap[fine]
-        row = {
+        row: dict[str, Any] = {
             "measure": label,
             "n": len(x),
             "unconverged": int(loose.sum()),

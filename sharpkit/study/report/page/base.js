@@ -26,6 +26,12 @@ function el(tag, attributes, ...children) {
   return node;
 }
 
+// Long names may break after what separates their parts.
+function broken(text) {
+  const parts = visible(text).split(/(?<=[_/,(=\s])/);
+  return parts.flatMap((part, i) => (i ? [document.createElement('wbr'), document.createTextNode(part)] : [document.createTextNode(part)]));
+}
+
 function section(id, title) {
   const heading = el('h2', {id: id + '-title'}, title);
   const node = el('section', {id, 'aria-labelledby': id + '-title'}, heading);
@@ -136,7 +142,7 @@ R.error = Float64Array.from(R.error, num);
 R.data = Float64Array.from(R.data, num);
 D.models.gap = Float64Array.from(D.models.gap, num);
 const groupName = (model) => (D.models.group[model] < 0 ? '' : D.groups[D.models.group[model]]);
-const shortName = (path) => path.slice(path.lastIndexOf('/') + 1);
+const shortName = (path) => path.slice(path.lastIndexOf('/') + 1).replace(/\.(safetensors|pth?|ckpt|bin)$/, '');
 
 document.getElementById('about').textContent = visible(
   `${new Set(D.models.name).size.toLocaleString('en')} checkpoints, ${R.label.filter((l) => l >= 0).length.toLocaleString('en')} scores of `

@@ -89,6 +89,8 @@ const fits = (text, width, size) => {
   return text.length <= most ? text : text.slice(0, Math.ceil(most / 2) - 1) + '…' + text.slice(text.length - Math.floor(most / 2));
 };
 
+const tail = (text, many) => (text.length <= many ? text : '…' + text.slice(1 - many));
+
 function label(x, y, text, attributes) {
   return svg('text', {x: x.toFixed(1), y: y.toFixed(1), 'font-size': 12, ...attributes}, text);
 }

@@ -5,8 +5,8 @@
     el('table', null, el('caption', null, title),
       el('thead', null, el('tr', null, columns.map((c) => el('th', {scope: 'col'}, c)))),
       el('tbody', null, rows.map((row) => el('tr', null, row.map((v, i) =>
-        el(i ? 'td' : 'th', {scope: i ? null : 'row', class: typeof v === 'number' ? 'number' : null},
-          v === null ? '' : typeof v === 'number' ? v.toLocaleString('en') : v)))))));
+        el(i ? 'td' : 'th', {scope: i ? null : 'row', class: typeof v === 'number' ? 'number' : String(v).length > 40 ? 'long' : null},
+          v === null ? '' : typeof v === 'number' ? v.toLocaleString('en') : broken(v))))))));
   const few = 200;
   if (D.failures.rows.length || D.notes.rows.length) {
     const box = section('problems', 'Failures and notes');

@@ -18,9 +18,15 @@
     (by === 'tau' && down(a) - down(b)) || (text(a, 'measure') < text(b, 'measure') ? -1 : 1));
 
   box.append(el('p', null, D.filter));
+  const split = D.taus.rows.filter((row) => at.includes('disagree') && text(row, 'disagree')).map((row) => text(row, 'measure'));
+  if (split.length) {
+    box.append(el('p', {class: 'warn', role: 'note'}, `Pooled values and those within ${D.group} disagree for ${split.length} of ${D.taus.rows.length} measures`
+      + ` (${split.slice(0, 5).join(', ')}${split.length > 5 ? ', ...' : ''}): the pooled ones are then an effect of ${D.group}.`));
+  }
   if (D.remarks.length) {
-    box.append(el('details', {open: D.remarks.length <= 4}, el('summary', null, `${D.remarks.length} remarks on these numbers`),
-      el('ul', null, D.remarks.map((t) => el('li', {class: t.startsWith('Simpson') ? 'warn' : null}, t)))));
+    const few = D.remarks.length <= 4;
+    box.append(el('details', {open: few}, el('summary', null, `Remarks on these numbers (${D.remarks.length})`),
+      el('ul', null, D.remarks.map((t) => el('li', null, t)))));
   }
   box.append(el('div', {class: 'controls'}, choice('Order', [['tau', 'by tau'], ['name', 'by name']], by, (v) => { by = v; redraw(); })));
 
@@ -30,7 +36,7 @@
     const keys = kinds.map(([, name], i) => [name, (u, v) => marker(u, v, 5, i, {fill: i ? ink.page : ink.groups[0], stroke: ink.groups[i], 'stroke-width': 1.5})]);
     const corrected = list.some((row) => Math.abs(get(row, 'tau_exact') - get(row, 'tau')) > 0.005);
     if (corrected) keys.push(['without measurement noise', (u, v) => svg('line', {x1: u, x2: u, y1: v - 6, y2: v + 6, stroke: ink.groups[0], 'stroke-width': 2})]);
-    if (at.includes('disagree')) keys.push(['! pooled and within disagree', (u, v) => label(u - 2, v + 4, '!', {fill: ink.groups[1], 'font-weight': 'bold'})]);
+    if (at.includes('disagree')) keys.push(['pooled and within disagree', (u, v) => label(u - 2, v + 4, '!', {fill: ink.groups[1], 'font-weight': 'bold'})]);
     const top = legend(g, keys, narrow ? 10 : 14, width - 30, ink) + 4, each = (narrow ? 22 : 6) + 15 * kinds.length;
     const bottom = top + list.length * each + 6, s = scale('linear', -1, 1, left, right);
     axisX(g, s, bottom, bottom - top, ink, `Kendall's tau with ${D.gap}`);

@@ -77,7 +77,7 @@ const leftOut = (data) => (data.left_out
     names.forEach((p, k) => {
       if (k % every) return;
       const x = left + (k + 0.5) * wide;
-      g.append(label(x, head, fits(visible(data.parts[p]), 24 * 6.8, 12), {fill: ink.ink, transform: `rotate(-50 ${x.toFixed(1)} ${head})`}));
+      g.append(label(x, head, tail(visible(data.parts[p]), 24), {fill: ink.ink, transform: `rotate(-50 ${x.toFixed(1)} ${head})`}));
     });
     const shared = shades(rows.flatMap(([, parts]) => parts.map((i) => state.value[i])));
     rows.forEach(([c, parts], row) => {
@@ -88,7 +88,7 @@ const leftOut = (data) => (data.left_out
       parts.forEach((i) => {
         const k = place.get(data.part[i]), x = left + k * wide, v = state.value[i];
         const from = narrow ? y + 15 : y + 1, high = narrow ? tall - 18 : tall - 2;
-        g.append(svg('rect', {x: (x + 0.5).toFixed(2), y: from, width: Math.max(wide - 1, 1).toFixed(2), height: high, fill: Number.isFinite(v) ? tone(s, v) : ink.line}));
+        g.append(svg('rect', {x: (x + 0.5).toFixed(2), y: from, width: Math.max(wide - 1, 1).toFixed(2), height: high, fill: Number.isFinite(v) ? tone(s, v) : ink.page, stroke: ink.line}));
         if (!data.ok[i]) g.append(label(x + wide / 2, from + high / 2 + 4, '!', {'text-anchor': 'middle', fill: '#ffffff', stroke: '#000000', 'stroke-width': 2.5, 'paint-order': 'stroke', 'font-weight': 'bold'}));
         points.push({x: x + wide / 2, y: from + high / 2, box: [wide, high], lines: () =>
           [data.checkpoints[c], data.parts[data.part[i]], data.shown[i] + (data.ok[i] ? '' : ', not converged')]});

@@ -85,9 +85,9 @@
       const t = get('tau' + ending);
       if (!Number.isFinite(t)) return '';
       const [a, b] = [get('low' + ending), get('high' + ending)];
-      return ` tau ${what}${t.toFixed(2)}${Number.isFinite(a) ? ` [${a.toFixed(2)}, ${b.toFixed(2)}]` : ''}`;
+      return ` Tau ${what}${t.toFixed(2)}${Number.isFinite(a) ? ` [${a.toFixed(2)}, ${b.toFixed(2)}]` : ''} (${get('n')} models).`;
     };
-    return one('', D.group ? 'pooled ' : '') + (D.group ? one('_within', `within ${D.group} `) : '') + ` of ${get('n')} models.`;
+    return one('', D.group ? 'pooled ' : '') + (D.group ? one('_within', `within ${D.group} `) : '');
   }
 
   const tickX = tick('logarithmic sharpness', (v) => { logX = v; redraw(); });

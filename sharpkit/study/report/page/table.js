@@ -77,7 +77,7 @@
     body.replaceChildren(...Array.from(kept.subarray(first, last), (r) => {
       const bad = failed(r) || !R.ok[r];
       return el('tr', {class: bad ? 'bad' : null}, shown.map((column, i) =>
-        el(i ? 'td' : 'th', {scope: i ? null : 'row', class: column.number ? 'number' : null}, column.text(r))));
+        el(i ? 'td' : 'th', {scope: i ? null : 'row', class: column.number ? 'number' : null}, column.number ? column.text(r) : broken(column.text(r)))));
     }));
     turned.show(first, last, kept.length, kept.length < rows ? `, filtered from ${rows.toLocaleString('en')}` : ' rows');
   }
