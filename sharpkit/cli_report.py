@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 import sys
 from collections.abc import Callable
-from functools import partial as partial_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -230,10 +230,10 @@ def write_figures(data: ReportData, folder: Path) -> list[Path]:
 
         stem = _free(name, names)
         table = folder / f"{stem}.csv"
-        _writing(table, partial_(frame.to_csv, table, index=False))
+        _writing(table, functools.partial(frame.to_csv, table, index=False))
         for ending in (".png", ".svg"):
             path = folder / f"{stem}{ending}"
-            _writing(path, partial_(plots.save_figure, axes, path))
+            _writing(path, functools.partial(plots.save_figure, axes, path))
             written.append(path)
         written.append(table)
 

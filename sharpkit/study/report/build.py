@@ -120,7 +120,8 @@ def _plain(data: ReportData) -> dict[str, Any]:
     labels = _Index()
     errors = _Index()
     groups = _Index()
-    rows = data.rows
+    # As plain objects: pandas' own texts are slow to go through one by one.
+    rows = {str(c): data.rows[c].to_numpy(dtype=object).tolist() for c in data.rows}
     gaps: dict[int, float | str | None] = {}
     of_model: dict[int, int] = {}
     model_of_row = []
@@ -134,7 +135,7 @@ def _plain(data: ReportData) -> dict[str, Any]:
         model_of_row.append(model)
     kinds = ("stderr", "bound", "lower_bound", "rounding")
     shown = [
-        format_value(v, None if e != e else e, k if k in kinds else "stderr")
+        format_value(v, None if e is None or e != e else e, k if k in kinds else "stderr")
         for v, e, k in zip(rows["value"], rows["probe_error"], rows["error_kind"], strict=True)
     ]
     return {
@@ -190,7 +191,7 @@ class _Index:
 
 
 def _parts(parts: Parts) -> dict[str, Any]:
-    frame = parts.frame
+    frame = {str(c): parts.frame[c].to_numpy(dtype=object).tolist() for c in parts.frame}
     names, labels, checkpoints = _Index(), _Index(), _Index()
     return {
         "checkpoint": [checkpoints(x) for x in frame["checkpoint"]],
@@ -198,15 +199,12 @@ def _parts(parts: Parts) -> dict[str, Any]:
         "part": [names(x) for x in frame["part"]],
         "value": _numbers(frame["value"]),
         "shown": [
-            format_value(v, None if e != e else e, k)
+            format_value(v, None if e is None or e != e else e, k)
             for v, e, k in zip(
-                frame["value"].astype(float),
-                frame["probe_error"].astype(float),
-                frame["error_kind"],
-                strict=True,
+                frame["value"], frame["probe_error"], frame["error_kind"], strict=True
             )
         ],
-        "error": _numbers(frame["probe_error"].astype(float)),
+        "error": _numbers(frame["probe_error"]),
         "ok": [int(v) for v in frame["converged"]],
         "checkpoints": checkpoints.values,
         "labels": labels.values,

@@ -85,7 +85,10 @@ def read_documents(store: Store, long: pd.DataFrame) -> Documents:
         held[tuple(key)] = Estimate.from_dict({**plain, "details": {}})
     parts: dict[str, list[tuple[str, tuple[Any, ...]]]] = {}
     notes: list[tuple[str, str, str]] = []
-    columns = [long[n] for n in ("checkpoint", "label", "subject", "seed", "measure", "settings")]
+    columns = [
+        long[n].to_numpy(dtype=object)
+        for n in ("checkpoint", "label", "subject", "seed", "measure", "settings")
+    ]
     for checkpoint, label, *key in zip(*columns, strict=True):
         e = held.get(tuple(key))
         if e is None:
