@@ -36,11 +36,10 @@ class Browser:
         self.downloads = folder / "downloads"
         self.downloads.mkdir()
         log = folder / "log"
-        self._driver = subprocess.Popen(
-            [shutil.which("chromedriver"), "--port=0"],
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
+        with log.open("w") as out:
+            self._driver = subprocess.Popen(
+                [shutil.which("chromedriver"), "--port=0"], stdout=out, stderr=subprocess.STDOUT
+            )
         try:
             self._url = f"http://127.0.0.1:{self._port(log)}"
             options = {
