@@ -40,6 +40,7 @@ from sharpkit.study.correlation.resampling import (
     arrangements,
     draw_counts,
     draw_orders,
+    features,
     interval,
     permutation_p,
 )
@@ -178,6 +179,16 @@ def test_p_is_the_share_of_all_orders(statistic):
         at = abs(SCIPY[statistic](x[:, k], y))
         drawn = [abs(SCIPY[statistic](x[:, k], y[list(o)])) >= at - 1e-9 for o in every]
         assert p[k] == pytest.approx((1 + sum(drawn)) / 121)
+
+
+@pytest.mark.parametrize("statistic", SCIPY)
+def test_what_is_permuted_is_the_correlation_within_groups(statistic):
+    rng = np.random.default_rng(3)
+    columns = np.round(rng.normal(size=(15, 3)), 1)
+    groups = np.repeat([0, 1, 2], [3, 5, 7])
+    sample = sample_of(columns, statistic, groups)
+    f = features(columns, groups, statistic)
+    assert f.T @ f == pytest.approx(sample.matrix(sample.once)[0])
 
 
 def test_orders_move_whole_clusters_of_one_size_within_groups():

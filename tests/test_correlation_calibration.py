@@ -58,19 +58,19 @@ def tie_truth(r):
 
 
 CASES = [
-    ("ten", dict(n=10, r=0.5)),
-    ("thirty", dict(n=30, r=0.5)),
-    ("a hundred", dict(n=100, r=0.5)),
-    ("strong", dict(n=30, r=0.9)),
-    ("none", dict(n=30, r=0.0)),
-    ("ties", dict(n=30, r=0.5, ties=True)),
-    ("seeds", dict(n=36, r=0.5, size=3)),
-    ("groups", dict(n=32, r=0.5, groups=4)),
-    ("noise", dict(n=30, r=0.5, rel=0.8, dof=5)),
-    ("noise and seeds", dict(n=60, r=0.5, rel=0.8, dof=5, size=3)),
-    ("much noise", dict(n=100, r=0.5, rel=0.6, dof=10)),
-    ("spearman", dict(n=30, r=0.5, statistic="spearman")),
-    ("pearson", dict(n=30, r=0.5, statistic="pearson")),
+    ("ten", {"n": 10, "r": 0.5}),
+    ("thirty", {"n": 30, "r": 0.5}),
+    ("a hundred", {"n": 100, "r": 0.5}),
+    ("strong", {"n": 30, "r": 0.9}),
+    ("none", {"n": 30, "r": 0.0}),
+    ("ties", {"n": 30, "r": 0.5, "ties": True}),
+    ("seeds", {"n": 36, "r": 0.5, "size": 3}),
+    ("groups", {"n": 32, "r": 0.5, "groups": 4}),
+    ("noise", {"n": 30, "r": 0.5, "rel": 0.8, "dof": 5}),
+    ("noise and seeds", {"n": 60, "r": 0.5, "rel": 0.8, "dof": 5, "size": 3}),
+    ("much noise", {"n": 100, "r": 0.5, "rel": 0.6, "dof": 10}),
+    ("spearman", {"n": 30, "r": 0.5, "statistic": "spearman"}),
+    ("pearson", {"n": 30, "r": 0.5, "statistic": "pearson"}),
 ]
 SHORT = {"thirty", "seeds", "noise"}
 
@@ -110,16 +110,14 @@ def test_without_the_correction_noise_hides_the_truth():
     assert covered[1] < 45
 
 
-def p_values(kind, trials, statistic="kendall"):
+def p_values(kind, trials, statistic="kendall", n=24):
     rng = np.random.default_rng(13)
     found = []
     for _ in range(trials):
         size = 3 if "clusters" in kind else 1
-        x, y, _, cluster, group = study(
-            rng, 24, 0.0, size=size, groups=2 if "groups" in kind else 1
-        )
+        x, y, _, cluster, group = study(rng, n, 0.0, size=size, groups=2 if "groups" in kind else 1)
         if kind == "partial":  # x and y have nothing in common but z
-            z = rng.normal(size=(24, 1))
+            z = rng.normal(size=(n, 1))
             x, y = x + 1.3 * z[:, 0], np.exp(y + 1.3 * z[:, 0])
         orders = draw_orders(cluster, group, rng, 199)
         if kind == "partial":
@@ -146,12 +144,13 @@ def test_p_values_are_uniform_under_the_null(kind):
 def test_p_values_are_uniform_under_the_null_at_length(kind, statistic):
     if (kind, statistic) == ("partial", "pearson"):
         pytest.skip("the null hypothesis of this study is not linear")
-    assert_uniform(p_values(kind, 2000, statistic))
+    # Tau of few models takes few values, and its ties make p larger: 2% at most with 60.
+    assert_uniform(p_values(kind, 2000, statistic, n=60))
 
 
 def test_p_values_that_forget_groups_or_clusters_are_not_uniform():
     rng = np.random.default_rng(14)
-    for kind in (dict(size=3), dict(groups=2)):
+    for kind in ({"size": 3}, {"groups": 2}):
         found = []
         for _ in range(150):
             x, y, *_ = study(rng, 24, 0.0, **kind)

@@ -26,8 +26,9 @@ def plot_taus(
     """Draw tau of each measure with its interval, pooled and within groups.
 
     Args:
-        table: What :func:`sharpkit.study.correlation.correlate` returned, in the order of
-            the rows from top to bottom.
+        table: What :func:`sharpkit.study.correlation.correlate` returned, or the frame of
+            :func:`sharpkit.study.correlation.correlate_study`, in the order of the rows from
+            top to bottom. Without columns that end in ``_within`` the pooled values alone.
         within: What the groups are, for the legend.
         null: Standard deviation of tau for a measure that has nothing to do with the gap
             (:func:`sharpkit.study.correlation.null_deviation`); a grey band of two of them.
@@ -38,11 +39,13 @@ def plot_taus(
     axes.axvspan(-2 * null, 2 * null, color="0.93", linewidth=0, zorder=0)
     axes.axvline(0, color="0.5", linewidth=0.8, zorder=1)
     y = np.arange(len(table))
-    for i, (suffix, label) in enumerate((("", "pooled"), ("_within", within))):
+    series = [("", "pooled"), ("_within", within)]
+    for i, (suffix, label) in enumerate(s for s in series if f"tau{s[0]}" in table):
         tau, low, high = (
             table[name + suffix].to_numpy(dtype=float) for name in ("tau", "low", "high")
         )
         # Where there are too few models for an interval there is a dot alone.
+        # An interval that the correction for noise moved beyond the dot begins at the dot.
         bars = np.nan_to_num(np.maximum([tau - low, high - tau], 0))
         axes.errorbar(
             tau,

@@ -243,9 +243,11 @@ def _ends(
         if len(units) < FEWEST:
             result.append((math.nan,) * 4)
             continue
-        shared = counts[:, first[index]] * counts[:, second[index]]
-        total = shared @ weights[index]
-        wrong = shared @ (weights[index] * errors[index])
+        # Pairs of one pair of settings share a count: quadratic forms, as for tau.
+        total, wrong = (
+            np.einsum("bk,bk->b", counts @ _table(num, first[index], second[index], w), counts)
+            for w in (weights[index], weights[index] * errors[index])
+        )
         value = float((weights[index] * errors[index]).sum() / weights[index].sum())
         if value in (0.0, 1.0):
             # All draws are alike. Disjoint pairs, about half as many as settings, are
@@ -259,3 +261,9 @@ def _ends(
         q = [float(v) for v in np.quantile(draws, levels)]
         result.append((q[0], q[1], q[2], q[3]))
     return result
+
+
+def _table(num: int, first: np.ndarray, second: np.ndarray, weights: Floats) -> Floats:
+    table = np.zeros((num, num))
+    np.add.at(table, (first, second), weights)
+    return table

@@ -102,9 +102,10 @@ def correlate_study(
     that is not noise; ``low``, ``high``: the 95% interval for the correlation of the exact
     values (the measured ones where they have no error); ``p`` by permutation and
     ``p_adjusted`` for the number of measures. With a group the same with the ending
-    ``_within``, and ``disagree`` where pooled and within differ in sign, or where the pooled
-    interval excludes 0 and the other does not. With covariates the ending ``_partial``, within
-    groups if there are groups. With axes ``psi`` and ``sign_error``, ``robust_sign_error``.
+    ``_within``, and ``disagree`` where the pooled interval excludes 0 and the other does not, or
+    where the signs differ and one of the intervals excludes 0. With covariates the ending
+    ``_partial``, within groups if there are groups. With axes ``psi`` and ``sign_error``,
+    ``robust_sign_error``.
 
     Args:
         scores: The long table; see :func:`~.study_frame.select_models`.
@@ -256,7 +257,8 @@ def _row(
         inner = one(groups, nothing)
         row |= inner.columns("_within")
         excludes = [c.low > 0 or c.high < 0 for c in (pooled, inner)]
-        row["disagree"] = bool(pooled.value * inner.value < 0 or (excludes[0] and not excludes[1]))
+        opposite = pooled.value * inner.value < 0
+        row["disagree"] = bool((opposite and any(excludes)) or (excludes[0] and not excludes[1]))
     if covariates.shape[1]:
         row |= one(groups, covariates).columns("_partial")
     return row, pooled
