@@ -285,11 +285,7 @@ def _scatter(data: ReportData, rows: pd.DataFrame, label: str) -> Any:
 def _forest(data: ReportData) -> Any:
     from sharpkit import plots
 
-    frame = data.taus
-    if "tau_within" not in frame:
-        missing = {f"{k}_within": math.nan for k in ("tau", "low", "high")}
-        frame = frame.assign(**missing)
-    return plots.plot_taus(frame, within=f"within {data.group}")
+    return plots.plot_taus(data.taus, within=f"within {data.group}")
 
 
 def _drawn(kind: str, rows: pd.DataFrame, label: str) -> Any:

@@ -185,6 +185,26 @@ def test_tau_within_groups_weighs_pairs_and_leaves_out_constants():
     assert np.isnan(taus._within(x[:1], y[:1], groups[:1]))
 
 
+def test_disagreement_of_large_studies_needs_taus_that_are_not_zero():
+    # Normal pairs: twice the bound on the deviation holds tau at least 95 times in 100.
+    rng = np.random.default_rng(1)
+    for r in (0.0, 0.6):
+        bound = []
+        for _ in range(200):
+            x = rng.normal(size=60)
+            y = r * x + np.sqrt(1 - r**2) * rng.normal(size=60)
+            tau = taus._tau(x, y)
+            bound.append(abs(tau - 2 / np.pi * np.arcsin(r)) < 2 * np.sqrt(2 * (1 - tau**2) / 60))
+        assert np.mean(bound) > 0.95
+    assert taus._disagree(0.3, -0.01, 2500)
+    assert taus._disagree(0.3, 0.01, 2500)
+    assert taus._disagree(0.01, -0.3, 2500)
+    assert not taus._disagree(0.01, -0.01, 2500)
+    assert not taus._disagree(0.3, 0.2, 2500)
+    assert not taus._disagree(0.01, 0.3, 2500)
+    assert not taus._disagree(np.nan, 0.3, 2500)
+
+
 # -- nothing in it can act ---------------------------------------------------------------
 
 

@@ -25,11 +25,16 @@ def seconds_needed(scored: pd.DataFrame) -> float:
 
 
 def measured_taus(long: pd.DataFrame, gap: str, group: str | None) -> tuple[pd.DataFrame, str]:
-    """Return tau of each measure as measured, and the sentence that says of which models.
+    r"""Return tau of each measure as measured, and the sentence that says of which models.
 
     Within groups it is the mean of the groups' tau weighted by their pairs of models; groups
     in which a variable is constant are left out, as in
-    :func:`sharpkit.study.correlation.correlate_study`.
+    :func:`sharpkit.study.correlation.correlate_study`. ``disagree`` follows that function's
+    rule, with twice the largest standard deviation that tau of n independent models can have,
+
+    .. math:: \sqrt{2 (1 - \tau^2) / n}
+
+    in place of intervals (Kendall and Gibbons, Rank Correlation Methods, 1990, section 4.8).
 
     Args:
         long: Of :func:`sharpkit.study.tables.scores_table`.
@@ -60,9 +65,17 @@ def measured_taus(long: pd.DataFrame, gap: str, group: str | None) -> tuple[pd.D
                 "low_within": math.nan,
                 "high_within": math.nan,
             }
-            row["disagree"] = bool(row["tau"] * row["tau_within"] < 0)
+            row["disagree"] = _disagree(row["tau"], row["tau_within"], len(x))
         rows.append(row)
     return pd.DataFrame(rows), models.sentence
+
+
+def _disagree(pooled: float, within: float, n: int) -> bool:
+    def clear(tau: float) -> bool:
+        return abs(tau) > 2 * math.sqrt(2 * max(1 - tau**2, 0.0) / n) if n else False
+
+    opposite = pooled * within < 0 and (clear(pooled) or clear(within))
+    return opposite or (clear(pooled) and not clear(within))
 
 
 def _tau(x: np.ndarray, y: np.ndarray) -> float:

@@ -85,9 +85,10 @@
       const t = get('tau' + ending);
       if (!Number.isFinite(t)) return '';
       const [a, b] = [get('low' + ending), get('high' + ending)];
-      return ` Tau ${what}${t.toFixed(2)}${Number.isFinite(a) ? ` [${a.toFixed(2)}, ${b.toFixed(2)}]` : ''} (${get('n')} models).`;
+      return `${what}${t.toFixed(2)}${Number.isFinite(a) ? ` [${a.toFixed(2)}, ${b.toFixed(2)}]` : ''}`;
     };
-    return one('', D.group ? 'pooled ' : '') + (D.group ? one('_within', `within ${D.group} `) : '');
+    const found = [one('', D.group ? 'pooled ' : ''), D.group ? one('_within', `within ${D.group} `) : ''].filter((t) => t);
+    return found.length ? ` Tau of ${get('n')} models: ${found.join(', ')}.` : '';
   }
 
   const tickX = tick('logarithmic sharpness', (v) => { logX = v; redraw(); });
