@@ -6,6 +6,7 @@ import hashlib
 import html.parser
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -256,6 +257,39 @@ def test_the_policy_allows_the_page_s_own_script_and_style_alone(path):
     assert outside <= {"http://www.w3.org/2000/svg"}  # a name, never fetched
     assert "innerHTML" not in text
     assert "eval(" not in text
+
+
+def test_colours_are_readable():
+    css = (Path(build.__file__).parent / "page" / "report.css").read_text()
+    themes = [
+        dict(re.findall(r"--([\w-]+): (#\w{6})", block))
+        for block in re.findall(r"\{([^{}]*--page:[^{}]*)\}", css)
+    ]
+    assert len(themes) == 3
+    assert themes[1] == themes[2]
+
+    def light(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    def contrast(a, b):
+        high, low = sorted((light(a), light(b)), reverse=True)
+        return (high + 0.05) / (low + 0.05)
+
+    for theme in themes[:2]:
+        for text, ground in (
+            ("ink", "page"),
+            ("dim", "page"),
+            ("accent", "page"),
+            ("ink", "soft"),
+            ("warn-ink", "warn"),
+            ("page", "ink"),
+            ("dim", "soft"),
+        ):
+            assert contrast(theme[text], theme[ground]) >= 4.5, (text, ground)
+        for k in range(7):
+            assert contrast(theme[f"group-{k}"], theme["page"]) >= 3
 
 
 # -- settings, origin, failures ----------------------------------------------------------

@@ -14,7 +14,6 @@ from browser import Browser, missing
 from report_cases import HOSTILE, add, numbers, study
 from test_report import hostile_study, report
 
-import sharpkit.study.report
 from sharpkit.study.report import write_page
 from sharpkit.study.store import Store
 
@@ -283,36 +282,3 @@ def test_hostile_names_are_shown_and_never_run(browser, tmp_path):
     )
     assert browser.run("return window.marker === undefined")
     assert "Content Security Policy" in " ".join(m["message"] for m in browser.log())
-
-
-def test_colours_are_readable():
-    css = (Path(sharpkit.study.report.__file__).parent / "page" / "report.css").read_text()
-    themes = [
-        dict(re.findall(r"--([\w-]+): (#\w{6})", block))
-        for block in re.findall(r"\{([^{}]*--page:[^{}]*)\}", css)
-    ]
-    assert len(themes) == 3
-    assert themes[1] == themes[2]
-
-    def light(colour):
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-        return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-    def contrast(a, b):
-        high, low = sorted((light(a), light(b)), reverse=True)
-        return (high + 0.05) / (low + 0.05)
-
-    for theme in themes[:2]:
-        for text, ground in (
-            ("ink", "page"),
-            ("dim", "page"),
-            ("accent", "page"),
-            ("ink", "soft"),
-            ("warn-ink", "warn"),
-            ("page", "ink"),
-            ("dim", "soft"),
-        ):
-            assert contrast(theme[text], theme[ground]) >= 4.5, (text, ground)
-        for k in range(7):
-            assert contrast(theme[f"group-{k}"], theme["page"]) >= 3
