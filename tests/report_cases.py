@@ -17,6 +17,7 @@ HOSTILE = (
     "evil\u202etp.exe.pt",
     "line\u2028break\u2029.pt",
     "${data}`+alert(2)+`.pt",
+    "a $\\frac{$ formula.pt",
 )
 
 

@@ -219,7 +219,14 @@ def hostile_study(folder):
                 "family": name,
                 "nested": {"</title>": "<svg onload=alert(3)>"},
             }
-            add(store, name, i, metadata=metadata, fail=("margin",), notes=(f"About {name}.",))
+            add(
+                store,
+                name,
+                i,
+                metadata=metadata,
+                fail=("margin", "parameter_norm", "sam_sharpness"),
+                notes=(f"About {name}.",),
+            )
     return path
 
 
@@ -389,7 +396,8 @@ def test_the_report_command_writes_page_and_figures(path, tmp_path, capsys, monk
 
 def test_hostile_names_are_no_names_of_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli(["report", str(hostile_study(tmp_path)), "--figures", "figures"]) == 0
+    path = str(hostile_study(tmp_path))
+    assert cli(["report", path, "--group", "family", "--figures", "figures"]) == 0
     for file in (tmp_path / "figures").iterdir():
         assert re.fullmatch(r"[A-Za-z0-9_.=-]+", file.name)
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from sharpkit.plots.figure import COLOURS, new_axes
+from sharpkit.plots.figure import COLOURS, as_text, new_axes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +61,7 @@ def plot_parts(frame: pd.DataFrame, *, ax: Axes | None = None, title: str = "") 
     figure = axes.get_figure(root=True)
     assert isinstance(figure, Figure)
     figure.colorbar(image, ax=axes, pad=0.02).ax.tick_params(labelsize=7)
-    axes.set_title(_plain(title), fontsize=9)
+    axes.set_title(as_text(title), fontsize=9)
     return axes
 
 
@@ -99,14 +99,9 @@ def plot_eigenvalues(frame: pd.DataFrame, *, ax: Axes | None = None, title: str 
     axes.set_yticks(range(len(names)), [_short(PurePosixPath(n).stem) for n in names], fontsize=7)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("eigenvalue")
-    axes.set_title(_plain(title), fontsize=9)
+    axes.set_title(as_text(title), fontsize=9)
     return axes
 
 
-def _plain(text: str) -> str:
-    # A dollar sign would start a formula, and what cannot be printed has no glyph.
-    return "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")
-
-
 def _short(text: str) -> str:
-    return _plain(text if len(text) <= LONG else "..." + text[3 - LONG :])
+    return as_text(text if len(text) <= LONG else "..." + text[3 - LONG :])

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from sharpkit.plots.figure import COLOURS, MARKERS, new_axes
+from sharpkit.plots.figure import COLOURS, MARKERS, as_text, new_axes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +59,7 @@ def plot_against_gap(
                 markersize=4.5,
                 elinewidth=0.8,
                 markerfacecolor=face,
-                label=str(name) if face != "white" or not done.any() else None,
+                label=as_text(name) if face != "white" or not done.any() else None,
                 **style,  # type: ignore[arg-type]
             )
     values = frame[measure].dropna()
@@ -68,8 +68,8 @@ def plot_against_gap(
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(measure.replace("_", " ").replace("$", r"\$"))
-    axes.set_ylabel("generalization gap (test - train loss)" if gap == "gap" else gap)
+    axes.set_xlabel(as_text(measure.replace("_", " ")))
+    axes.set_ylabel("generalization gap (test - train loss)" if gap == "gap" else as_text(gap))
     axes.set_title(title, fontsize=9)
     if legend:
         axes.legend(fontsize=8, frameon=False)
