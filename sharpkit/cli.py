@@ -31,6 +31,7 @@ from rich.text import Text
 from sharpkit import __version__, measures
 from sharpkit.auditing import audit as audit_objective
 from sharpkit.cli_audit import report
+from sharpkit.cli_report import correlate, report_study
 from sharpkit.cli_study import export_study, score_into_study
 from sharpkit.cli_tables import describe, frame_table, print_measure, print_result
 from sharpkit.errors import SettingsError, SharpkitError, SharpkitWarning
@@ -318,6 +319,10 @@ def export_command(
 ) -> None:
     """Write a study as a table: CSV to stdout, or a file."""
     export_study(study, output, wide=wide, out=_stdout())
+
+
+app.command()(correlate)
+app.command(name="report")(report_study)
 
 
 def _progress() -> Progress:

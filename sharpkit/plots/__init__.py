@@ -4,6 +4,7 @@ from sharpkit.plots.audit import plot_audit
 from sharpkit.plots.curve import plot_slice
 from sharpkit.plots.figure import new_axes, save_figure, tidy
 from sharpkit.plots.forest import plot_taus
+from sharpkit.plots.parts import plot_eigenvalues, plot_parts
 from sharpkit.plots.scatter import plot_against_gap
 from sharpkit.plots.spectrum import density_on, plot_cumulative, plot_spectrum
 
@@ -13,6 +14,8 @@ __all__ = [
     "plot_against_gap",
     "plot_audit",
     "plot_cumulative",
+    "plot_eigenvalues",
+    "plot_parts",
     "plot_slice",
     "plot_spectrum",
     "plot_taus",

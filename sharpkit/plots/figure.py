@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "MARKERS", "new_axes", "save_figure"]
+__all__ = ["COLOURS", "MARKERS", "as_text", "new_axes", "save_figure"]
 
 # Okabe and Ito's palette: told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -36,3 +36,15 @@ def save_figure(axes: Axes, path: str | Path, *, dpi: int = 200) -> Path:
     assert isinstance(figure, Figure)
     figure.savefig(path, dpi=dpi)
     return path
+
+
+def as_text(name: object) -> str:
+    r"""Return a name as matplotlib shows it letter by letter.
+
+    A dollar sign would start a formula, and what cannot be printed has no glyph.
+
+    Example:
+        >>> print(as_text("a$b\n"))
+        a\$b?
+    """
+    return "".join(c if c.isprintable() else "?" for c in str(name)).replace("$", r"\$")

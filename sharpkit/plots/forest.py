@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.axes import Axes
 
-from sharpkit.plots.figure import COLOURS, MARKERS, new_axes
+from sharpkit.plots.figure import COLOURS, MARKERS, as_text, new_axes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,10 +57,10 @@ def plot_taus(
             color=COLOURS[i],
             markerfacecolor="white" if i else COLOURS[i],
             elinewidth=1.0,
-            label=label,
+            label=as_text(label),
             zorder=3,
         )
-    axes.set_yticks(y, [str(n).replace("_", " ") for n in table["measure"]], fontsize=8)
+    axes.set_yticks(y, [as_text(n).replace("_", " ") for n in table["measure"]], fontsize=8)
     axes.set_ylim(len(table) - 0.4, -0.6)
     axes.set_xlim(-1, 1)
     axes.set_xlabel("Kendall's tau with the gap")

@@ -73,12 +73,12 @@ def scores_table(
     frame["converged"] = frame["converged"].fillna(0).astype(bool)
     frame.insert(0, "label", _labels(store, frame))
     frame = frame.rename(columns={"path": "checkpoint"})
-    known = frame.pop("metadata")
+    known = frame.pop("metadata").to_numpy(dtype=object)
     first = ["checkpoint", "label", "measure", "settings", "seed"]
     frame = frame[first + [c for c in frame.columns if c not in first]]
     if not metadata:
         return frame
-    flat = {text: _flat(json.loads(text)) for text in known.unique()}
+    flat = {text: _flat(json.loads(text)) for text in set(known)}
     names = sorted({name for row in flat.values() for name in row})
     extra = {META + n: [flat[text].get(n) for text in known] for n in names}
     return pd.concat([frame, pd.DataFrame(extra, index=frame.index)], axis=1)
@@ -101,8 +101,9 @@ def _labels(store: Store, frame: pd.DataFrame) -> list[str | None]:
     options = _differences([json.loads(k[1]) for k in kinds])
     short: dict[tuple[Any, ...], str] = {}
     labels: list[str | None] = []
-    columns = (frame["measure"], frame["settings"], frame["recipe"], frame["options"])
-    for key in zip(*columns, frame["seed"], strict=True):
+    # As plain objects: pandas' own texts are slow to go through one by one.
+    names = ("measure", "settings", "recipe", "options", "seed")
+    for key in zip(*(frame[n].to_numpy(dtype=object) for n in names), strict=True):
         if not isinstance(key[0], str):
             labels.append(None)
             continue
