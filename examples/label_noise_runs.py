@@ -20,6 +20,7 @@ SETTLED = 0.05  # what a number may change from the last but one fifth to the la
 FLOOR = 2.0  # how many times the noise floor the train loss may be
 RECOVERED = 1 / 25  # of the test loss of predicting 0: a test loss of 1 in the paper's setting
 Record = dict[str, Any]
+Log = dict[str, Tensor]
 
 
 def adam(lr: float, c: float) -> Setting:
@@ -82,70 +83,88 @@ def settled(old: float, new: float, scale: float = 0.0) -> bool:
 def sparse_part(part: Sparse, tell: Callable[[str], None]) -> Record:
     """Train and measure on all sizes; one record a run."""
     data = nets.diagonal_data(part.seeds, max(part.sizes), part.d, part.kappa)
-    blank = part.kappa / 2  # the test loss of 0
     runs: list[Record] = []
-    least: list[Record] = []
     measured: list[Record] = []
-    done = [False] * part.seeds
+    least: list[Record] = []
     for n in part.sizes:
         few = nets.Data(data.inputs[:, :n].contiguous(), data.targets[:, :n], data.teacher)
         groups = nets.groups(torch.full((part.seeds, 2 * part.d), START), part.settings)
-        logs: list[list[dict[str, Tensor]]] = [[] for _ in groups]
-        means = [torch.zeros(part.seeds, len(g.settings), part.d).double() for g in groups]
+        logs: list[list[Log]] = [[] for _ in groups]
 
-        def look(step, groups, few=few, logs=logs, means=means):
-            if step < part.steps * 0.6 + 1:
+        def look(step: int, groups: list[nets.Descent], few=few, logs=logs) -> None:
+            if step <= part.steps * (1 - 2 / 5):
                 return
-            for group, log, mean in zip(groups, logs, means, strict=True):
+            for group, log in zip(groups, logs, strict=True):
                 numbers = nets.diagonal_numbers(group.theta, few.inputs, few.teacher)
-                power = 1 - group.power
-                numbers["own"] = nets.diagonal_power(group.theta, power)
+                numbers["own"] = nets.diagonal_power(group.theta, 1 - group.power)
+                numbers["w"] = nets.predictor(group.theta.double())
                 log.append(numbers)
-                if step > part.steps * 0.8:
-                    mean += nets.predictor(group.theta.double()) / (LOOKS // 5)
 
         nets.train(
             groups, few, nets.diagonal_gradient, look,
             steps=part.steps, batch=part.batch, noise=part.noise, every=part.steps // LOOKS,
         )  # fmt: skip
-        for group, log, mean in zip(groups, logs, means, strict=True):
-            averaged = (mean - few.teacher[:, None]).square().sum(-1) / 2
-            before, end = (
-                {k: torch.stack([look[k] for look in half]).mean(0) for k in log[0]}
-                for half in (log[: LOOKS // 5], log[LOOKS // 5 :])
-            )
+        for group, log in zip(groups, logs, strict=True):
+            runs += sparse_records(part, n, group, log, few.teacher)
             for k, setting in enumerate(group.settings):
-                floor = nets.noise_floor(setting, end["own"][:, k], part.noise, part.batch)
-                for seed in range(part.seeds):
-                    row = {name: float(v[seed, k]) for name, v in end.items()}
-                    old = {name: float(v[seed, k]) for name, v in before.items()}
-                    row |= {
-                        "n": n, "seed": seed, "name": setting.name,
-                        "test loss of the mean": float(averaged[seed, k]),
-                        "over the floor": row["train loss"] / float(floor[seed]),
-                        "drift": row["own"] / old["own"] - 1,
-                        "recovered": row["test loss"] < RECOVERED * blank,
-                    }  # fmt: skip
-                    row["converged"] = bool(
-                        settled(old["own"], row["own"])
-                        and settled(old["test loss"], row["test loss"], RECOVERED * blank)
-                        and row["over the floor"] < FLOOR
-                    )
-                    runs.append(row)
                 measured.append(measure_diagonal(group.theta[0, k], few, n, setting, part))
-        for seed in range(part.seeds):
-            if not done[seed]:
-                w = nets.least_l1(few.inputs[seed], few.targets[seed])
-                loss = float((w - few.teacher[seed]).square().sum() / 2)
-                done[seed] = loss < 1e-6 * blank  # then it is so with more examples too
-                l1 = float(w.abs().sum())
-                half = float(w.abs().sqrt().sum() ** 2)
-            least.append({"n": n, "seed": seed, "test loss": loss if not done[seed] else 0.0,
-                          "l1": l1 if not done[seed] else float(part.kappa),
-                          "l0.5": half if not done[seed] else float(part.kappa**2),
-                          "recovered": done[seed] or loss < RECOVERED * blank})  # fmt: skip
+        least += least_norms(part, few, n, least)
         tell(f"d = {part.d}, n = {n}")
     return {"runs": runs, "least": least, "measured": measured}
+
+
+def sparse_records(
+    part: Sparse, n: int, group: nets.Descent, log: list[Log], teacher: Tensor
+) -> list[Record]:
+    """Return a record for each seed and setting from the looks at the last two fifths."""
+    before, end = (
+        {name: torch.stack([numbers[name] for numbers in half]).mean(0) for name in log[0]}
+        for half in (log[: LOOKS // 5], log[LOOKS // 5 :])
+    )
+    mean = end.pop("w")
+    end["test loss of the mean"] = (mean - teacher[:, None]).square().sum(-1) / 2
+    bound = RECOVERED * part.kappa / 2
+    rows = []
+    for k, setting in enumerate(group.settings):
+        floors = nets.noise_floor(setting, end["own"][:, k], part.noise, part.batch)
+        for seed in range(part.seeds):
+            row: Record = {name: float(v[seed, k]) for name, v in end.items()}
+            own, loss = (float(before[name][seed, k]) for name in ("own", "test loss"))
+            row |= {
+                "n": n, "seed": seed, "name": setting.name,
+                "over the floor": row["train loss"] / float(floors[seed]),
+                "drift": row["own"] / own - 1,
+                "recovered": row["test loss"] < bound,
+            }  # fmt: skip
+            row["converged"] = (
+                settled(own, row["own"])
+                and settled(loss, row["test loss"], bound)
+                and row["over the floor"] < FLOOR
+            )
+            rows.append(row)
+    return rows
+
+
+def least_norms(part: Sparse, data: nets.Data, n: int, before: list[Record]) -> list[Record]:
+    """Return the least l1 norm of each seed.
+
+    A teacher that is the minimizer for some examples is so for more: fewer are the first.
+    """
+    rows = []
+    for seed in range(part.seeds):
+        if any(r["seed"] == seed and r["test loss"] == 0 for r in before):
+            w = data.teacher[seed].double()
+        else:
+            w = nets.least_l1(data.inputs[seed], data.targets[seed])
+            if (w - data.teacher[seed]).abs().max() < 1e-3:  # found, up to the solver's accuracy
+                w = data.teacher[seed].double()
+        loss = float((w - data.teacher[seed]).square().sum() / 2)
+        rows.append({
+            "n": n, "seed": seed, "test loss": loss, "l1": float(w.abs().sum()),
+            "l0.5": float(w.abs().sqrt().sum() ** 2),
+            "recovered": loss < RECOVERED * part.kappa / 2,
+        })  # fmt: skip
+    return rows
 
 
 def measure_diagonal(
