@@ -80,6 +80,23 @@ def settled(old: float, new: float, scale: float = 0.0) -> bool:
     return abs(new - old) < SETTLED * max(abs(old), scale)
 
 
+def converged(row: Record, before: float, bound: float) -> bool:
+    """Whether the end of a run is one; ``before`` is its test loss in the fifth before.
+
+    The test loss of a run that has recovered is small and noisy: there the mean weights must
+    have less than half of it, so that what is left is noise.
+    """
+    return (
+        abs(row["drift"]) < SETTLED
+        and row["over the floor"] < FLOOR
+        and (
+            row["test loss of the mean"] < row["test loss"] / 2
+            if row["recovered"]
+            else settled(before, row["test loss"], bound)
+        )
+    )
+
+
 def sparse_part(part: Sparse, tell: Callable[[str], None]) -> Record:
     """Train and measure on all sizes; one record a run."""
     data = nets.diagonal_data(part.seeds, max(part.sizes), part.d, part.kappa)
@@ -136,11 +153,7 @@ def sparse_records(
                 "drift": row["own"] / own - 1,
                 "recovered": row["test loss"] < bound,
             }  # fmt: skip
-            row["converged"] = (
-                settled(own, row["own"])
-                and settled(loss, row["test loss"], bound)
-                and row["over the floor"] < FLOOR
-            )
+            row["converged"] = converged(row, loss, bound)
             rows.append(row)
     return rows
 
