@@ -21,9 +21,13 @@ sys.path.insert(0, str(EXAMPLES))
 monge_sam_toys, sam_common, sam_flatness, sam_variants = map(
     importlib.import_module, ("monge_sam_toys", "sam_common", "sam_flatness", "sam_variants")
 )
-adam_label_noise, lab, nets = map(
-    importlib.import_module, ("adam_label_noise", "label_noise_runs", "label_noise_nets")
-)
+adam_label_noise, figures, tables, lab, nets = map(
+    importlib.import_module,
+    (
+        "adam_label_noise", "label_noise_figures", "label_noise_tables", "label_noise_runs",
+        "label_noise_nets",
+    ),
+)  # fmt: skip
 sys.path.remove(str(EXAMPLES))
 
 
@@ -396,22 +400,22 @@ def test_the_factored_matrix_has_its_closed_forms(depth):
 def test_the_interval_of_a_median_holds_it():
     x = np.random.default_rng(0).exponential(size=(4000, 10))
     true = np.log(2)
-    found = [adam_label_noise.median_interval(row) for row in x]
+    found = [figures.median_interval(row) for row in x]
     inside = sum(low <= true <= high for _, low, high in found)
     exact = 1 - 2 * scipy.stats.binom.cdf(1, 10, 0.5)  # the second from both ends: 97.9%
     assert scipy.stats.binomtest(inside, len(x), exact).pvalue > 1e-3
     for n in range(6, 30):
-        middle, low, high = adam_label_noise.median_interval(range(n))
+        middle, low, high = figures.median_interval(range(n))
         k = int(low) + 1
         assert (middle, high) == ((n - 1) / 2, n - k)
         assert 1 - 2 * scipy.stats.binom.cdf(k - 1, n, 0.5) >= 0.95
         assert 1 - 2 * scipy.stats.binom.cdf(k, n, 0.5) < 0.95
-    assert adam_label_noise.median_interval(range(5))[1:] == (-np.inf, np.inf)
+    assert figures.median_interval(range(5))[1:] == (-np.inf, np.inf)
 
 
 def test_rises_are_later_over_earlier():
     falls = [{"tr H": [2.0 - k / 200, 1.0 + k / 100]} for k in range(100)]
-    one, other = adam_label_noise.rises(falls)
+    one, other = tables.rises(falls)
     assert one == 1.0
     assert other == pytest.approx(1.97 / 1.02, rel=1e-3)
 
