@@ -149,7 +149,7 @@ def sparse_figure(
     for ax in (a, c, e):
         ax.set(yscale="log", ylabel="test loss, ½‖w − w*‖²")
         found = result if ax is not e else big
-        ax.set_ylim(min(column(found["runs"], "test loss")) / 2, None)
+        ax.set_ylim(np.nanmin(column(found["runs"], "test loss")) / 2, None)
     for ax in axes.flat:
         tidy(ax)
         ax.set_xlabel("training examples n")

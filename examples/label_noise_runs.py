@@ -71,7 +71,7 @@ class Matrix:
     noise: float = 0.5
 
 
-MATRICES = (Matrix(15, 1), Matrix(20, 2))
+MATRICES = (Matrix(15, 1), Matrix(20, 2, ((2, (0.005, 0.01)), (5, (0.0025, 0.005)))))
 ADAM_RATES = (1e-3, 3e-3)
 
 
@@ -124,7 +124,8 @@ def sparse_part(part: Sparse, tell: Callable[[str], None]) -> Record:
         for group, log in zip(groups, logs, strict=True):
             runs += sparse_records(part, n, group, log, few.teacher)
             for k, setting in enumerate(group.settings):
-                measured.append(measure_diagonal(group.theta[0, k], few, n, setting, part))
+                if bool(torch.isfinite(group.theta[0, k]).all()):
+                    measured.append(measure_diagonal(group.theta[0, k], few, n, setting, part))
         least += least_norms(part, few, n, least)
         tell(f"d = {part.d}, n = {n}")
     return {"runs": runs, "least": least, "measured": measured}
@@ -191,7 +192,7 @@ def measure_diagonal(
     probes = 2 * part.d if small else 64
     specs = [f"hessian_trace:num_probes={probes}", "adam_sharpness:method=ggn"]
     specs += ["adam_sharpness:method=exact"] if small else []
-    row: Record = {"n": n, "name": setting.name, "small": small}
+    row: Record = {"n": n, "name": setting.name}
     for spec, score in zip(specs, sk.score(objective, specs, num_groups=0), strict=True):
         assert score.estimate is not None, score.error
         row[spec.split("=")[-1] if "adam" in spec else "trace"] = score.estimate.value
@@ -233,6 +234,8 @@ def matrix_part(part: Matrix, tell: Callable[[str], None]) -> Record:
         for group in groups:
             for k, setting in enumerate(group.settings):
                 factors = group.theta[0, k].unflatten(-1, shape).double()
+                if not bool(torch.isfinite(factors).all()):
+                    continue  # diverged: nothing to measure
                 pairs = (data.inputs[0].double(), data.targets[0].double())
                 objective = sk.Objective(nets.Factored(factors), torch.nn.MSELoss(), pairs)
                 p = factors.numel()

@@ -21,9 +21,9 @@ def number(value: float) -> str:
 
 def with_interval(values: Sequence[float]) -> str:
     """Return a median and its interval."""
-    middle, low, high = median_interval(values)
-    if not math.isfinite(middle):
+    if not np.isfinite(values).all():
         return "diverged"
+    middle, low, high = median_interval(values)
     if not math.isfinite(low):
         return f"{number(middle)} (no interval)"
     return f"{number(middle)} [{number(low)}, {number(high)}]"
@@ -109,6 +109,8 @@ def summary_table(part: lab.Sparse, result: lab.Record, plain: str) -> str:
 
 def verdict(ratios: Sequence[float]) -> str:
     """Say whether the interval of a ratio leaves 1 out."""
+    if not np.isfinite(ratios).all():
+        return "diverged"
     _, low, high = median_interval(ratios)
     return "lower" if high < 1 else "higher" if low > 1 else "undecided"
 
@@ -267,7 +269,6 @@ def matrix_pairs(part: lab.Matrix, result: lab.Record) -> list[list[str]]:
     return rows
 
 
-def agreement(result: lab.Record, measured: str, closed: str) -> float:
+def agreement(rows: list[lab.Record], measured: str, closed: str) -> float:
     """Return the largest relative difference of sharpkit's number to the closed form."""
-    rows = [r for r in result["measured"] if math.isfinite(r[closed])]
     return max(abs(r[measured] / r[closed] - 1) for r in rows)
