@@ -355,6 +355,16 @@ def test_the_regularizer_prefers_the_smallest_norm():
     assert torch.allclose(found, w[best[1.0]], atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_least_norm_is_that_of_the_best_vertex(seed):
+    X, y = normal(3, 7, seed=seed), normal(3, seed=9 + seed)
+    vertices = [X[:, list(c)] for c in itertools.combinations(range(7), 3)]
+    norms = [torch.linalg.solve(A, y).norm(1) for A in vertices]
+    found = nets.least_l1(X, y)
+    assert torch.allclose(X @ found, y, atol=1e-6)
+    assert found.norm(1).item() == pytest.approx(min(norms).item(), rel=1e-6)
+
+
 def test_the_noise_floor_solves_its_equation():
     """P H C + C H P = lr P (noise) P for the scatter C of the weights, noise = c H."""
     theta, inputs = normal(8), signs(30, 4)
