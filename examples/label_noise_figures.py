@@ -158,7 +158,7 @@ def sparse_figure(
     e.set_xticks(large.sizes, [str(n) if n != 420 else "" for n in large.sizes])
     e.minorticks_off()
     fig.tight_layout()
-    fig.savefig(file, dpi=150)
+    fig.savefig(file, dpi=130)
     plt.close(fig)
 
 
@@ -191,5 +191,5 @@ def matrix_figure(file: Path, parts: list[lab.Matrix], results: list[lab.Record]
     for ax in axes[-1]:
         ax.set_xlabel("thousands of steps")
     fig.tight_layout()
-    fig.savefig(file, dpi=150)
+    fig.savefig(file, dpi=110)
     plt.close(fig)

@@ -9,6 +9,8 @@ import label_noise_runs as lab
 import numpy as np
 from label_noise_figures import LEAST, chosen, column, flag, median_interval, middle_settings
 
+MATRIX_KEYS = ("tr H", "tr diag(H)^1/2", "test error")
+
 
 def number(value: float) -> str:
     """Return three digits without an exponent where that is short."""
@@ -158,20 +160,23 @@ def every_run_table(part: lab.Sparse, result: lab.Record) -> str:
 
 
 def recovery_said(part: lab.Sparse, result: lab.Record) -> str:
-    """Say from which size on the seeds recover, by setting, counting converged runs alone."""
+    """Say from which size on the seeds recover, by setting."""
+
+    def first(good: list[bool]) -> str:
+        whole = [n for i, n in enumerate(part.sizes) if all(good[i:])]
+        return str(min(whole)) if whole else "none"
+
     said = []
     for name in [LEAST, *(s.name for s in part.settings)]:
-        sizes = []
-        for n in part.sizes:
-            runs = chosen(result["least" if name == LEAST else "runs"], n=n)
-            runs = [r for r in runs if name == LEAST or r["name"] == name]
-            kept = [r for r in runs if r.get("converged", True)]
-            sizes.append(len(kept) == len(runs) and all(r["recovered"] for r in kept))
-        whole = [n for i, n in enumerate(part.sizes) if all(sizes[i:])]
-        said.append(f"{name}: {min(whole)}" if whole else f"{name}: none")
-    return (
-        "Smallest n from which on every seed has converged and recovered: " + "; ".join(said) + "."
-    )
+        if name == LEAST:
+            sets = [chosen(result["least"], n=n) for n in part.sizes]
+            said.append(f"{name} {first([all(column(r, 'recovered')) for r in sets])}")
+            continue
+        sets = [chosen(result["runs"], n=n, name=name) for n in part.sizes]
+        good = [all(column(r, "recovered")) for r in sets]
+        both = [g and not flag(r) for g, r in zip(good, sets, strict=True)]
+        said.append(f"{name}: {first(good)} ({first(both)})")
+    return "Smallest n from which on every seed recovered (and converged): " + "; ".join(said) + "."
 
 
 def seen_sparse(part: lab.Sparse, result: lab.Record) -> str:
@@ -195,7 +200,8 @@ def seen_sparse(part: lab.Sparse, result: lab.Record) -> str:
             ]
             ranges[kind, name] = f"{number(min(found))} to {number(max(found))}"
     return (
-        f"Recovered of {len(part.sizes) * part.seeds} runs, over all sizes: the {LEAST} {least};"
+        f"Recovered of {len(part.sizes) * part.seeds} runs, over all sizes, converged or not: the {LEAST}"
+        f" {least};"
         f" settings of {'; of '.join(counts)}. At n = {last} the teacher's own traces are"
         f" tr H = {4 * part.kappa} and tr diag(H)^1/2 = {2 * part.kappa}; the medians of"
         f" Adam's settings are {ranges['Adam', 'tr H']} and {ranges['Adam', 'tr diag(H)^1/2']},"
@@ -203,27 +209,29 @@ def seen_sparse(part: lab.Sparse, result: lab.Record) -> str:
     )
 
 
-def seen_matrix(parts: list[lab.Matrix], results: list[lab.Record]) -> str:
-    """Say in how many of the problems the claims about the paper's Adam hold."""
-    said: dict[str, list[str]] = {"tr diag(H)^1/2": [], "tr H": [], "test error": []}
-    risen = 0
+def seen_matrix(parts: list[lab.Matrix], results: list[lab.Record], lr: float) -> str:
+    """Say in how many of the problems the claims about Adam hold at one rate."""
+    said: dict[str, list[str]] = {key: [] for key in MATRIX_KEYS}
+    risen = moved = runs = 0
     for part, result in zip(parts, results, strict=True):
         for depth, rates in part.rates:
             curves = result[str(depth)]["curves"]
-            mine, plain = (curves[lab.Setting(*s).name]
-                           for s in ((lab.ADAM_RATES[0], 0.5), (rates[-1],)))  # fmt: skip
+            mine = curves[lab.Setting(lr, 0.5).name]
+            plain = curves[lab.Setting(rates[-1]).name]
             for key, found in said.items():
                 found.append(verdict(lab.ends(mine, key)[1] / lab.ends(plain, key)[1]))
             risen += float(np.median(rises(mine))) > 1.1
-    total = len(said["tr H"])
+            moved += moving(mine)
+            runs += part.seeds
     words = [
         f"{key} is lower in {found.count('lower')}, undecided in {found.count('undecided')} and"
         f" higher in {found.count('higher')}"
         for key, found in said.items()
     ]
     return (
-        f"Of the {total} pairs of problem and depth, with Adam at lr {lab.ADAM_RATES[0]:g}:"
-        f" {'; '.join(words)}. Its tr H rises by more than 10% after a lower value in {risen}."
+        f"Adam at lr {lr:g} against SGD, {len(said['tr H'])} cases ({moved} of Adam's {runs} runs"
+        f" have not converged): {'; '.join(words)}; Adam's tr H rises by more than 10% after a"
+        f" lower value in {risen}."
     )
 
 
@@ -233,17 +241,25 @@ def matrix_rows(part: lab.Matrix, result: lab.Record) -> list[list[str]]:
     for depth, _ in part.rates:
         for name, curve in result[str(depth)]["curves"].items():
             cells = [f"{part.d}, {part.rank}", str(depth), name]
-            moved = np.zeros(part.seeds, dtype=bool)
-            for key in ("tr H", "tr diag(H)^1/2", "test error"):
-                old, new = lab.ends(curve, key)
-                cells.append(with_interval(new.tolist()))
-                scale = lab.RECOVERED if key == "test error" else 0.0
-                moved |= [not lab.settled(a, b, scale) for a, b in zip(old, new, strict=True)]
+            for key in MATRIX_KEYS:
+                cells.append(with_interval(lab.ends(curve, key)[1].tolist()))
             cells.append(number(float(np.median(lab.ends(curve, "train loss")[1]))))
             cells.append(with_interval(rises(curve)))
-            cells.append(f"†{moved.sum()}" if moved.any() else "")
+            moved = moving(curve)
+            cells.append(f"†{moved}" if moved else "")
             rows.append(cells)
     return rows
+
+
+def moving(curve: list[dict[str, list[float]]]) -> int:
+    """Return of how many seeds a trace or the test error still changes at the end."""
+    moved = set()
+    for key in MATRIX_KEYS:
+        scale = lab.RECOVERED if key == "test error" else 0.0
+        for seed, (old, new) in enumerate(zip(*lab.ends(curve, key), strict=True)):
+            if not lab.settled(old, new, scale):
+                moved.add(seed)
+    return len(moved)
 
 
 def rises(curve: list[dict[str, list[float]]]) -> list[float]:
@@ -262,9 +278,10 @@ def matrix_pairs(part: lab.Matrix, result: lab.Record) -> list[list[str]]:
         for name in curves:
             if name.startswith("Adam"):
                 cells = [f"{part.d}, {part.rank}", str(depth), f"{name} / {plain}"]
-                for key in ("tr H", "tr diag(H)^1/2", "test error"):
+                for key in MATRIX_KEYS:
                     ratio = lab.ends(curves[name], key)[1] / lab.ends(curves[plain], key)[1]
                     cells.append(f"{with_interval(ratio.tolist())} {verdict(ratio.tolist())}")
+                cells.append(f"{moving(curves[name])} / {moving(curves[plain])}")
                 rows.append(cells)
     return rows
 
