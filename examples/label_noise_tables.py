@@ -200,7 +200,8 @@ def seen_sparse(part: lab.Sparse, result: lab.Record) -> str:
             ]
             ranges[kind, name] = f"{number(min(found))} to {number(max(found))}"
     return (
-        f"Recovered of {len(part.sizes) * part.seeds} runs, over all sizes, converged or not: the {LEAST}"
+        f"Recovered of {len(part.sizes) * part.seeds} runs, over all sizes, converged or not:"
+        f" the {LEAST}"
         f" {least};"
         f" settings of {'; of '.join(counts)}. At n = {last} the teacher's own traces are"
         f" tr H = {4 * part.kappa} and tr diag(H)^1/2 = {2 * part.kappa}; the medians of"

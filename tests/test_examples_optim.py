@@ -437,6 +437,27 @@ def test_a_run_that_moves_is_not_settled():
     assert lab.settled(0.01, 0.02, scale=1.0)
 
 
+def test_what_counts_as_converged():
+    part = lab.Sparse(40, 2, (8,), 1, 4, 1000, (nets.Setting(0.1), nets.Setting(0.1, 0.5)))
+    row = {
+        "drift": 0.01, "over the floor": 1.1, "recovered": False, "test loss": 1.0,
+        "test loss of the mean": 0.9,
+    }  # fmt: skip
+    assert lab.converged(row, 1.01, 0.04)
+    assert not lab.converged(row, 1.1, 0.04)
+    assert not lab.converged(row | {"drift": -0.06}, 1.01, 0.04)
+    assert not lab.converged(row | {"over the floor": 2.1}, 1.01, 0.04)
+    good = row | {"recovered": True, "test loss": 0.02, "test loss of the mean": 0.001}
+    assert lab.converged(good, 0.03, 0.04)  # noise
+    assert not lab.converged(good | {"test loss of the mean": 0.011}, 0.02, 0.04)
+
+    runs = [row | {"n": 8, "seed": 0, "name": s.name, "converged": True} for s in part.settings]
+    lab.strict(part, runs, [{"n": 8, "seed": 0, "recovered": False}])
+    assert [r["converged"] for r in runs] == [True, True]
+    lab.strict(part, runs, [{"n": 8, "seed": 0, "recovered": True}])
+    assert [r["converged"] for r in runs] == [False, True]  # only SGD must go there
+
+
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("noise")
