@@ -30,7 +30,7 @@ import sharpkit as sk
 METHODS = tuple(COLOURS)
 TWO = ("SAM", "Monge SAM")
 ADAM_RATES = (0.0005, 0.0015, 0.005)
-RATES, RADII = (0.02, 0.05, 0.15), (0.03, 0.1, 0.3, 1.0)
+RATES, RADII = (0.02, 0.05, 0.15), (0.03, 0.1, 0.3, 0.5, 1.0)
 COMPARED = [
     ("Monge SAM", "SAM"),
     ("Monge SAM", "SGD"),
@@ -69,7 +69,7 @@ def settings(quick: bool) -> list[Setting]:
     """Return the grid."""
     rates, radii, adam = (RATES, RADII, ADAM_RATES)
     if quick:
-        rates, radii, adam = rates[1:2], radii[1::2], adam[:1]
+        rates, radii, adam = rates[1:2], radii[1::3], adam[:1]
     found = [Setting("SGD", lr) for lr in rates] + [Setting("Adam", lr) for lr in adam]
     return found + [Setting(m, lr, rho) for m in TWO for lr in rates for rho in radii]
 
@@ -177,6 +177,17 @@ def robustness(runs: Runs, size: int) -> list[str]:
     return lines
 
 
+def starred(s: Setting, runs: Runs) -> list[str]:
+    """Return learning rate and radius, with a star at the edge of the grid."""
+    cells = []
+    for name in ("lr", "rho"):
+        tried = {getattr(o, name) for o in runs if o.method == s.method}
+        value = getattr(s, name)
+        star = "\\*" if len(tried) > 1 and value in (min(tried), max(tried)) else ""
+        cells.append(f"{value:g}{star}" if value else "-")
+    return cells
+
+
 def result_table(study: Study, best: dict[str, Setting], scores: Tested) -> list[str]:
     """Return the best setting of each method with its test, and the untrained towers."""
     lines = [
@@ -188,8 +199,7 @@ def result_table(study: Study, best: dict[str, Setting], scores: Tested) -> list
         if s is None:  # before the first step all methods are the same
             first = ["-", "-", cell([r.alignments[0] for r in study.runs[best["SGD"]]])]
         else:
-            validation = cell([r.alignment for r in study.runs[s]])
-            first = [f"{s.lr:g}", f"{s.rho:g}" if s.rho else "-", validation]
+            first = [*starred(s, study.runs), cell([r.alignment for r in study.runs[s]])]
         last = [
             cell([x.alignment for x in own]),
             cell([100 * x.recall_1 for x in own], 1),
@@ -348,6 +358,8 @@ trainings. Bold: the interval leaves 0 out; no correction is made for the number
 ![Alignment and loss over the grid]({picture.name})
 
 ## The best of each method
+
+A star marks a value at the edge of its grid: a wider one might do better.
 
 {chr(10).join(result_table(study, best, scores))}
 
