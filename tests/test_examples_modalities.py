@@ -113,9 +113,10 @@ def test_the_loss_is_that_of_its_formula():
 
 
 def test_recall_counts_both_directions_and_no_ties():
-    logits = torch.tensor([[3.0, 2.0, 1.0], [4.0, 5.0, 6.0], [0.0, 0.0, 7.0]])
-    # images: ranks 1, 2, 1; texts: ranks 2, 1, 1
-    assert alignment.recall(logits, 1) == pytest.approx(2 / 3)
+    logits = torch.tensor([[3.0, 2.0, 1.0], [2.0, 5.0, 6.0], [0.0, 0.0, 7.0]])
+    # images: ranks 1, 2, 1; texts: ranks 1, 1, 1
+    assert alignment.recall(logits, 1) == pytest.approx(5 / 6)
+    assert alignment.recall(logits.T, 1) == pytest.approx(5 / 6)
     assert alignment.recall(logits, 2) == 1.0
     assert alignment.recall(torch.zeros(6, 6), 5) == 0.0
 
@@ -376,6 +377,21 @@ def test_choice_and_robustness_by_hand():
     assert two_modalities.verdict(-0.2, 0.1) == "lower"
     assert two_modalities.verdict(-0.2, 0.3) == "not told apart"
     assert two_modalities.ratio([1.0, -1.0], [1.0, 1.0]) == "not all positive"
+
+
+def test_equal_lengths_are_compared_on_the_line_between():
+    s = alignment.Setting
+    sam = {s("SAM", 0.1, r): fake([a, 2 * a], s("SAM", 0.1, r)) for r, a in ((0.01, 0.2), (1, 0.4))}
+    monge = {s("Monge SAM", 0.1, r): fake([0.35, 0.7], s("Monge SAM", 0.1, r)) for r in (0.2, 3)}
+    far = s("Monge SAM", 0.1, 9)
+    for runs in monge.values():
+        for run in runs:
+            run.radius = 0.1  # half way in the logarithm, where SAM has 0.3 and 0.6
+    monge[far] = fake([9.0, 9.0], far)
+    for run in monge[far]:
+        run.radius = 1.5
+    mean, _ = two_modalities.at_equal_length(sam | monge)
+    assert mean == pytest.approx((0.05 + 0.1) / 2)
 
 
 def short(tmp_path, monkeypatch, *more):
