@@ -399,8 +399,8 @@ one that is not finite. Such a training has collapsed, or not begun to learn.
 The same ρ is not the same perturbation: Monge SAM's is shorter by √(1 + g²), g the norm of the
 batch's gradient. The lengths that it had are in the next table and in the figure, lower right; at
 equal length (SAM's alignment on the line between its radii) Monge SAM's is
-{signed(*at_equal_length(runs))} from SAM's. For a large ρ the epochs are few: the losses are those at
-the end, not at convergence.
+{signed(*at_equal_length(runs))} from SAM's. For a large ρ the epochs are few: the losses are those
+at the end, not at convergence.
 
 ## The whole grid
 
