@@ -1,5 +1,6 @@
 """The comparison on images and names of emoji: its parts against oracles, and once in short."""
 
+import hashlib
 import importlib
 import math
 import re
@@ -181,6 +182,8 @@ def test_new_pairs_do_not_move_old_ones():
     after = emoji_pairs.split(pairs, 90)
     order = [i for part in emoji_pairs.PARTS for i in before[part]]
     assert [i for i in after["train"] if i < 80] == order
+    # mixed: code points that are next to each other are of a kind
+    assert order == sorted(range(80), key=lambda i: hashlib.sha256(str(i).encode()).digest())
 
 
 def test_constants_are_of_the_train_part():
