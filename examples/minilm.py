@@ -24,8 +24,12 @@ NEEDS = ["tokenizers", "huggingface-hub", "regex", "pyyaml", "requests", "tqdm",
 CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
 
 
-def fetch(folder: Path) -> None:
+def fetch(folder: Path, *, with_sentences: bool = True) -> None:
     """Install what is needed into a folder, unless it is there, and make it importable.
+
+    Args:
+        folder: Made if it is not there.
+        with_sentences: Whether the sentences are needed too, or the network alone.
 
     Raises:
         RuntimeError: If pip fails, with the end of what it says.
@@ -43,6 +47,8 @@ def fetch(folder: Path) -> None:
             ":all:", "vaderSentiment==3.3.2",
         ],
     }  # fmt: skip
+    if not with_sentences:
+        del steps["vader*.tar.gz"]
     for found, step in steps.items():
         if any(folder.glob(found)) or importlib.util.find_spec(found.split("*")[0]):
             continue
