@@ -46,3 +46,12 @@ def test_the_links_lead_somewhere():
     docs = Path(__file__).parents[1] / "docs"
     for target in re.findall(r"\]\(([^)#]+)", PAGE):
         assert (docs / target).exists(), target
+
+
+def test_the_tests_of_known_faults_exist():
+    section = PAGE.split("## Known faults", 1)[1]
+    named = set(re.findall(r"`(test_\w+)`", section))
+    assert len(named) > 30
+    here = Path(__file__).parent
+    text = "".join(file.read_text() for file in here.glob("test_optim*.py"))
+    assert named <= set(re.findall(r"^def (test_\w+)\(", text, re.MULTILINE))
