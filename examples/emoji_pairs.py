@@ -94,13 +94,13 @@ def images(font: Path) -> tuple[np.ndarray, list[str]]:
     Raises:
         RuntimeError: If the font has no bitmaps (some builds have outlines only).
     """
-    opened = TTFont(font, lazy=True)
-    if "CBDT" not in opened:
-        raise RuntimeError(f"Expected a font with bitmaps (a CBDT table). Got {font}.")
-    glyphs, bitmaps = opened.getBestCmap(), opened["CBDT"].strikeData[0]
-    codes = [c for c in sorted(glyphs) if glyphs[c] in bitmaps and wanted(c)]
-    names = [unicodedata.name(chr(c)).lower() for c in codes]
-    return np.stack([picture(bitmaps[glyphs[c]].imageData) for c in codes]), names
+    with TTFont(font, lazy=True) as opened:
+        if "CBDT" not in opened:
+            raise RuntimeError(f"Expected a font with bitmaps (a CBDT table). Got {font}.")
+        glyphs, bitmaps = opened.getBestCmap(), opened["CBDT"].strikeData[0]
+        codes = [c for c in sorted(glyphs) if glyphs[c] in bitmaps and wanted(c)]
+        pictures = [picture(bitmaps[glyphs[c]].imageData) for c in codes]
+    return np.stack(pictures), [unicodedata.name(chr(c)).lower() for c in codes]
 
 
 @torch.no_grad()

@@ -234,6 +234,14 @@ def test_a_missing_font_is_told(tmp_path, monkeypatch):
         emoji_pairs.font_file(tmp_path)
 
 
+def test_a_font_without_bitmaps_is_told():
+    import matplotlib
+
+    font = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    with pytest.raises(RuntimeError, match=r"CBDT"):
+        emoji_pairs.images(font)
+
+
 @pytest.fixture(scope="module")
 def data():
     pairs = synthetic(120)
@@ -418,6 +426,7 @@ def test_the_comparison_in_short_on_synthetic_pairs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_comparison_in_short_on_emoji(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # packages are put there
     try:
         pairs = emoji_pairs.load(tmp_path)
     except RuntimeError as error:
