@@ -203,7 +203,7 @@ def _work(task: Task, ledger: Ledger, owner: Owner, notes: Sequence[str]) -> Out
             chosen = [(measures.get(name), dict(given)) for name, given in begun.chosen]
         missing = [r for r in chosen if (r[0].name, settings_text(r[1])) not in begun.done]
         with _heart(ledger, owner):
-            taken = _measure(task, ledger, subject.key, missing, ready, begun.fatal)
+            taken, seconds = _measure(task, ledger, subject.key, missing, ready, begun.fatal)
         ledger.finish(task.entry, subject.key, owner, notes=tuple(dict.fromkeys(notes)))
     except KeyboardInterrupt:
         if claim:
@@ -222,7 +222,7 @@ def _work(task: Task, ledger: Ledger, owner: Owner, notes: Sequence[str]) -> Out
         measured=len(taken),
         present=len(chosen) - len(missing),
         failed=sum(s.error is not None for s in taken),
-        measuring=sum(s.estimate.cost.seconds for s in taken if s.estimate),
+        measuring=seconds,
     )
 
 
@@ -233,8 +233,9 @@ def _measure(
     missing: Sequence[Request],
     ready: Callable[[], Prepared],
     fatal: frozenset[tuple[str, str]],
-) -> list[Score]:
+) -> tuple[list[Score], float]:
     taken: list[Score] = []
+    seconds = 0.0
     for measure, settings in missing:
         if task.parent and os.getppid() != task.parent:
             break  # nobody waits for this any more
@@ -250,12 +251,14 @@ def _measure(
                 measure.name, None, settings, task.options.seed, prepared.provenance, error
             )
         else:
+            begun = time.perf_counter()
             (score,) = measure_all(
                 prepared.analysis, [(measure, settings)], provenance=prepared.provenance
             )
+            seconds += time.perf_counter() - begun
         ledger.record(key, score)
         taken.append(score)
-    return taken
+    return taken, seconds
 
 
 def _recipe(task: Task) -> Recipe:
