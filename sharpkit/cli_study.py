@@ -19,7 +19,8 @@ from sharpkit.scoring import MeasureRequest
 from sharpkit.study import tables
 from sharpkit.study.forecast import forecast
 from sharpkit.study.identity import Options
-from sharpkit.study.run import EngineName, RunReport, run_study
+from sharpkit.study.recipe import load_recipe
+from sharpkit.study.run import EngineName, RunReport, check_run, run_study
 from sharpkit.study.run import Progress as Told
 from sharpkit.study.store import Store
 from sharpkit.study.work import Outcome
@@ -64,6 +65,8 @@ def score_into_study(
         log: For progress and notes.
         show: Prints the scores of one checkpoint.
     """
+    check_run(workers, threads, engine)
+    load_recipe(recipe)  # refuse before the study's file is made
     log.print(
         f"{len(files)} checkpoint{'s' * (len(files) > 1)} into {path},"
         f" {workers} worker{'s' * (workers > 1)}" + (" on Ray" if engine == "ray" else ""),

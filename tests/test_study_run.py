@@ -257,6 +257,11 @@ def test_the_command_fills_a_study_and_exports_it(folder, capsys, monkeypatch):
 def test_the_command_refuses_workers_without_a_study(folder, capsys):
     assert cli(["score", str(folder), "-r", str(folder / "recipe.py"), "--workers", "2"]) == 2
     assert "Add -o STUDY.db" in " ".join(capsys.readouterr().err.split())
+    arguments = ["score", str(folder), "-r", str(folder / "recipe.py"), "-o", str(folder / "s.db")]
+    assert cli([*arguments, "--engine", "dask"]) == 2
+    (folder / "recipe.py").write_text("x = 1")
+    assert cli(arguments) == 2
+    assert not (folder / "s.db").exists()
 
 
 # -- other processes ---------------------------------------------------------------------

@@ -22,7 +22,7 @@ from sharpkit.study.source import source_hash
 from sharpkit.study.store import Entry, Store
 from sharpkit.study.work import Outcome, Task
 
-__all__ = ["EngineName", "Progress", "RunReport", "run_study"]
+__all__ = ["EngineName", "Progress", "RunReport", "check_run", "run_study"]
 
 EngineName: TypeAlias = Literal["local", "ray"]
 POLL = 0.5  # seconds between two looks at how far the workers are
@@ -120,13 +120,7 @@ def run_study(
         UnknownMeasureError: If there is no measure of a name.
     """
     started = time.perf_counter()
-    for name, value, least in (("workers", workers, 1), ("threads", threads, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise SettingsError(
-                f"Expected `{name}` to be a whole number of at least {least}. Got {value!r}."
-            )
-    if engine not in ("local", "ray"):
-        raise SettingsError(f"Expected the engine to be local or ray. Got {engine!r}.")
+    check_run(workers, threads, engine)
     options = options or Options()
     options.torch_dtype()
     wanted = listed(names)
@@ -168,6 +162,21 @@ def run_study(
                 if on_outcome:
                     on_outcome(outcome)
     return RunReport(tuple(outcomes), time.perf_counter() - started)
+
+
+def check_run(workers: int, threads: int, engine: str) -> None:
+    """Refuse numbers of workers and threads, and engines, that make no sense.
+
+    Raises:
+        SettingsError: Naming which.
+    """
+    for name, value, least in (("workers", workers, 1), ("threads", threads, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise SettingsError(
+                f"Expected `{name}` to be a whole number of at least {least}. Got {value!r}."
+            )
+    if engine not in ("local", "ray"):
+        raise SettingsError(f"Expected the engine to be local or ray. Got {engine!r}.")
 
 
 def _every(store: Store, tasks: Sequence[Task], run: Engine) -> Iterator[Outcome]:
