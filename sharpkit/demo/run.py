@@ -39,7 +39,6 @@ MEASURES: dict[str, dict[str, Any]] = {
     "adam_sharpness": {"method": "ggn"},  # exact; 24 probes would not do
     "adaptive_sharpness_average": {"num_pairs": 30},
     "adaptive_sharpness_worst": {},
-    "effective_rank": {},
     "fisher_rao_norm": {},
     "frobenius_norm": {},
     "gradient_norm": {},
