@@ -335,7 +335,14 @@ def test_a_checkpoint_that_kills_its_worker_is_given_up_and_the_rest_go_on(folde
 def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(folder, workers):
     make(folder, 12)
     command = _command(folder, "--workers", workers)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A process that ignores Ctrl-C, as those of xdist do, starts others that do.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     store = None
     for _ in range(600):
         time.sleep(0.1)
