@@ -94,7 +94,8 @@ def images(font: Path) -> tuple[np.ndarray, list[str]]:
     Raises:
         RuntimeError: If the font has no bitmaps (some builds have outlines only).
     """
-    with TTFont(font, lazy=True) as opened:
+    # From memory: fontTools leaves a file open that it reads as it goes.
+    with TTFont(io.BytesIO(Path(font).read_bytes()), lazy=True) as opened:
         if "CBDT" not in opened:
             raise RuntimeError(f"Expected a font with bitmaps (a CBDT table). Got {font}.")
         glyphs, bitmaps = opened.getBestCmap(), opened["CBDT"].strikeData[0]
