@@ -1,7 +1,22 @@
-"""Losses along lines and curves through the parameters."""
+"""Losses along lines, planes and curves through the parameters."""
 
 from sharpkit.landscape.directions import filter_normalized
 from sharpkit.landscape.geodesics import geodesic_slice
+from sharpkit.landscape.result import Marker, Slice, Status, load_slice
+from sharpkit.landscape.section import Axis, Direction, Section, StraightSection
 from sharpkit.landscape.slices import quadratic_model, slice_1d
 
-__all__ = ["filter_normalized", "geodesic_slice", "quadratic_model", "slice_1d"]
+__all__ = [
+    "Axis",
+    "Direction",
+    "Marker",
+    "Section",
+    "Slice",
+    "Status",
+    "StraightSection",
+    "filter_normalized",
+    "geodesic_slice",
+    "load_slice",
+    "quadratic_model",
+    "slice_1d",
+]
