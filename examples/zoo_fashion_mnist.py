@@ -84,8 +84,13 @@ def interval(row: pd.Series, ending: str = "") -> str:
     value, low, high = (row[f"{n}{ending}"] for n in ("tau", "low", "high"))
     if not np.isfinite(low):
         return f"{value:+.2f}"
-    mark = "\\*" if row[f"p{ending}_adjusted"] < 0.05 else ""
-    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]{mark}"
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" + ("\\*" if told(row, ending) else "")
+
+
+def told(row: pd.Series, ending: str = "") -> bool:
+    """Return whether a correlation is told from 0, also by the exact values of the measure."""
+    within = row[f"low{ending}"] <= 0 <= row[f"high{ending}"]
+    return bool(row[f"p{ending}_adjusted"] < 0.05 and not within)
 
 
 def draw(table: pd.DataFrame, found: StudyCorrelation, page: Path) -> Path:
@@ -132,9 +137,9 @@ def write(table: pd.DataFrame, found: StudyCorrelation, page: Path, figure: Path
         best=("meta.test_accuracy", "max"),
     )
     frame = found.frame.sort_values("tau_within", key=abs, ascending=False)
-    told = (frame["p_within_adjusted"] < 0.05).sum()
+    counts = {e: sum(told(row, e) for _, row in frame.iterrows()) for e in ("", "_within")}
     lines = [
-        "# Sharpness and the generalization gap on Fashion-MNIST: 66 models",
+        f"# Sharpness and the generalization gap on Fashion-MNIST: {len(models)} models",
         "",
         "    python examples/zoo_fashion_mnist.py",
         "",
@@ -152,7 +157,7 @@ def write(table: pd.DataFrame, found: StudyCorrelation, page: Path, figure: Path
         "| family | models | gap | test accuracy |",
         "|---|---|---|---|",
         *(
-            f"| {family} | {r.models} | {r.low:.2f} to {r.high:.2f} |"
+            f"| {family} | {r.models:.0f} | {r.low:.2f} to {r.high:.2f} |"
             f" {r.worst:.3f} to {r.best:.3f} |"
             for family, r in facts.iterrows()
         ),
@@ -161,7 +166,9 @@ def write(table: pd.DataFrame, found: StudyCorrelation, page: Path, figure: Path
         "",
         "Kendall's tau with the gap: pooled, and within families; 95% intervals by bootstrap over"
         " settings (the seeds of one setting stay together), for the exact values where a measure"
-        " has an error; an asterisk: p < 0.05 after Holm's correction for the number of measures."
+        " has an error; an asterisk: p < 0.05 after Holm's correction for the number of measures,"
+        " and 0 outside the interval (p speaks of the values as measured, the interval of the exact"
+        " ones)."
         " psi: granulated tau, the mean over the axes of the tau of models that differ along it."
         " Robust sign-error: the worst axis's share of wrongly ordered pairs; 0.5 is a coin.",
         "",
@@ -175,8 +182,8 @@ def write(table: pd.DataFrame, found: StudyCorrelation, page: Path, figure: Path
         "",
         "## What this says",
         "",
-        f"- Within families {told} of {len(frame)} measures are told from 0 after the correction;"
-        f" {int((frame['p_adjusted'] < 0.05).sum())} are when the families are pooled. A pooled tau"
+        f"- Within families {counts['_within']} of {len(frame)} measures are told from 0 after the"
+        f" correction; {counts['']} are when the families are pooled. A pooled tau"
         " may come from the families alone: a family that is sharper and has the larger gap.",
         f"- With {len(good)} independent models tau scatters by {null_deviation(len(good)):.2f} if"
         " there is nothing; seeds of one setting are not independent, so by more here.",

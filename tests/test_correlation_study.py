@@ -226,6 +226,21 @@ def test_of_several_seeds_the_lowest_is_taken():
     assert any("108 scores are repetitions" in w for w in s.warnings)
 
 
+def test_copies_of_a_checkpoint_are_counted_once():
+    values, meta = zoo()
+    frame = long_table(values, meta)
+    frame["subject"] = frame["checkpoint"] + "'s weights"
+    moved = frame.assign(checkpoint="moved/" + frame["checkpoint"])
+    twice = correlate_study(pd.concat([frame, moved]), gap="gap")
+    once = correlate_study(frame, gap="gap")
+    assert (once.frame["n"] == 36).all()
+    pd.testing.assert_frame_equal(twice.frame, once.frame)
+    assert "36 with the weights of another one" in twice.filter
+    # Without knowing the weights nothing is left out.
+    unknown = pd.concat([frame, moved]).drop(columns="subject")
+    assert (correlate_study(unknown, gap="gap").frame["n"] == 72).all()
+
+
 def test_wrong_use_is_said():
     values, meta = zoo()
     frame = long_table(values, meta)

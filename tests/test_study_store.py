@@ -92,6 +92,18 @@ def test_a_claim_keeps_others_out_until_it_is_given_back(store):
     assert begin(store, second).mine
 
 
+def test_a_recipe_that_moved_makes_no_second_entry(store):
+    moved = replace(ENTRY, recipe="elsewhere/recipe.py")
+    changed = Subject("w", "another recipe", "d", "", "{}")
+    begin(store, Owner.here())
+    begin(store, Owner.here(), moved)
+    assert store.query("SELECT recipe FROM entry") == [("elsewhere/recipe.py",)]
+    begin(store, Owner.here(), ENTRY, changed)  # other code at the old place: both stay
+    assert len(store.query("SELECT recipe FROM entry")) == 2
+    begin(store, Owner.here(), replace(moved, path="copy.pt"))
+    assert len(store.query("SELECT recipe FROM entry")) == 3
+
+
 def test_the_claim_of_a_process_that_ended_is_taken_over(store):
     assert begin(store, GONE).mine
     assert begin(store, Owner.here()).mine

@@ -406,6 +406,12 @@ class Store:
         error: str | None,
         notes: Sequence[str],
     ) -> None:
+        # The same file under a recipe that has moved is no second checkpoint.
+        c.execute(
+            "DELETE FROM entry WHERE path = ? AND recipe <> ? AND options = ? AND seed = ?"
+            " AND subject = ?",
+            (*_entry_row(entry), key),
+        )
         c.execute(
             f"INSERT OR REPLACE INTO entry VALUES ({','.join('?' * 10)})",
             (

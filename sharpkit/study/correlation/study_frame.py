@@ -109,7 +109,9 @@ def select_models(
     Args:
         scores: Columns ``checkpoint``, ``label`` (what is correlated), ``value``,
             ``probe_error``, ``error_kind``, ``converged``, ``error``, and ``meta.<name>`` for
-            each entry of the metadata. Of several seeds of a label the lowest is taken.
+            each entry of the metadata. Of several seeds of a label the lowest is taken. With
+            ``subject`` (what the scores are kept under, so the same for the same weights) a
+            checkpoint that repeats another one is left out.
         gap: Metadata entry of the generalization gap.
         chosen: The filter.
         measures: Labels, or names of measures (all their labels); ``None``: all.
@@ -142,7 +144,9 @@ def select_models(
     gaps = pd.to_numeric(meta[found], errors="coerce").to_numpy(dtype=float)
     scored = scores[scores["label"].notna()]
     labels = _labels(scored, measures)
-    keep, parts = _reasons(meta, gaps, first.index.isin(scored["checkpoint"]), chosen, found)
+    keep, parts = _reasons(
+        meta, gaps, first.index.isin(scored["checkpoint"]), _repeated(scores, first), chosen, found
+    )
     notes = []
     ordered = scored.sort_values("seed", kind="stable") if "seed" in scored.columns else scored
     single = ordered.drop_duplicates(["checkpoint", "label"])
@@ -198,12 +202,29 @@ def _labels(scored: pd.DataFrame, measures: Sequence[str] | None) -> list[str]:
     return result
 
 
+def _repeated(scores: pd.DataFrame, first: pd.DataFrame) -> np.ndarray:
+    # Checkpoints that hold the weights of an earlier one (a copy, a folder that was moved): they
+    # would count as a second, independent model. Told by what their scores are kept under.
+    if "subject" not in scores.columns:
+        return np.zeros(len(first), dtype=bool)
+    known = scores[scores["subject"].notna()].drop_duplicates(["checkpoint", "subject"])
+    twice = known["subject"].duplicated()
+    originals = set(known["checkpoint"][~twice])  # has weights, under some options, of its own
+    copies = set(known["checkpoint"][twice]) - originals
+    return np.asarray(first.index.isin(copies), dtype=bool)
+
+
 def _reasons(
-    meta: pd.DataFrame, gaps: np.ndarray, scored: np.ndarray, chosen: Filter, gap: str
+    meta: pd.DataFrame,
+    gaps: np.ndarray,
+    scored: np.ndarray,
+    repeated: np.ndarray,
+    chosen: Filter,
+    gap: str,
 ) -> tuple[np.ndarray, list[str]]:
     # Each model that is left out counts under the first reason that holds.
     names = [str(c) for c in meta.columns]
-    tests = [(~scored, "{} without a score")]
+    tests = [(~scored, "{} without a score"), (repeated, "{} with the weights of another one")]
     reached = find_column(names, chosen.reached)
     if reached is not None:
         failed = np.array([_false(v) for v in meta[reached]], dtype=bool)
