@@ -1,5 +1,6 @@
 """Losses along lines, planes and curves through the parameters."""
 
+from sharpkit.landscape.compute import compute_slice, parse_range
 from sharpkit.landscape.directions import filter_normalized
 from sharpkit.landscape.geodesics import geodesic_slice
 from sharpkit.landscape.result import Marker, Slice, Status, load_slice
@@ -14,9 +15,11 @@ __all__ = [
     "Slice",
     "Status",
     "StraightSection",
+    "compute_slice",
     "filter_normalized",
     "geodesic_slice",
     "load_slice",
+    "parse_range",
     "quadratic_model",
     "slice_1d",
 ]

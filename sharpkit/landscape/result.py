@@ -166,7 +166,7 @@ def load_slice(path: str | Path) -> Slice:
     """
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             arrays = {n: held[n] for n in held.files}
         about = json.loads(str(arrays["about"]))
         if about["format"] > FORMAT:

@@ -16,7 +16,13 @@ from torch.func import functional_call
 
 from sharpkit.errors import ObjectiveError, SharpkitWarning
 from sharpkit.objective import batches as trees
-from sharpkit.objective.isolation import PASS_SEED, evaluation, is_out_of_memory, recording
+from sharpkit.objective.isolation import (
+    PASS_SEED,
+    evaluation,
+    is_out_of_memory,
+    recording,
+    start_from,
+)
 from sharpkit.objective.losses import BatchLoss, CriterionLoss
 from sharpkit.objective.products import Named
 from sharpkit.team import SOLO, Team, interleaved
@@ -115,6 +121,7 @@ class Evaluator:
         self.fingerprint = ""
         self.sizes: list[list[int | None]] = [[]]
         self.at_batch = 0
+        self._entered = False  # whether the surroundings of passes are there already
         self._head: list[Any] | None = None  # the first examples of all ranks' data
         self.holders: weakref.WeakSet[HoldsMemory] = weakref.WeakSet()
 
@@ -175,6 +182,9 @@ class Evaluator:
         self, *, grad: bool, seed: int = PASS_SEED
     ) -> contextlib.AbstractContextManager[None]:
         """Return the surroundings of every evaluation."""
+        if self._entered and not grad:
+            start_from(seed, self._generators)
+            return contextlib.nullcontext()
         return evaluation(
             self.model,
             grad=grad or self.always_grad,
@@ -182,6 +192,20 @@ class Evaluator:
             flags=self._flags,
             generators=self._generators,
         )
+
+    @contextlib.contextmanager
+    def many_passes(self) -> Iterator[None]:
+        """Enter the surroundings once for many passes without gradients.
+
+        Each still starts from the same random state; entering takes longer than a pass over a
+        small network.
+        """
+        with self.context(grad=False):
+            before, self._entered = self._entered, True
+            try:
+                yield
+            finally:
+                self._entered = before
 
     def each(
         self,

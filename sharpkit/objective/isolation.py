@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["evaluation", "is_out_of_memory", "preserve_rng", "recording", "unwrap"]
+__all__ = ["evaluation", "is_out_of_memory", "preserve_rng", "recording", "start_from", "unwrap"]
 
 PASS_SEED = 20100  # every pass over the data starts from the same random state
 
@@ -63,19 +63,24 @@ def preserve_rng(
         states = [generator.get_state() for generator in generators]
         try:
             if seed is not None:
-                torch.default_generator.manual_seed(seed)
-                if devices:  # seeding CUDA before it is initialised would outlast us
-                    torch.cuda.manual_seed_all(seed)
-                random.seed(seed)
-                np.random.seed(seed % 2**32)
-                for generator in generators:
-                    generator.manual_seed(seed)
+                start_from(seed, generators)
             yield
         finally:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def start_from(seed: int, generators: Sequence[torch.Generator] = ()) -> None:
+    """Start torch, numpy, Python and further generators from a seed; inside `preserve_rng`."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)  # before it is initialised this would outlast us
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    for generator in generators:
+        generator.manual_seed(seed)
 
 
 @contextlib.contextmanager
