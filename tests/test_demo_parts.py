@@ -204,7 +204,7 @@ def test_slices_are_the_loss_and_its_quadratic_model(objective):
     huge = slice_1d(objective, 1e30 * d, [-1.0, 0.0])
     assert math.isnan(huge.y[0])
     assert huge.to_dict()["y"][0] is None
-    with pytest.raises(MeasureError, match="two axes"):
+    with pytest.raises(MeasureError, match="parameter that moves"):
         filter_normalized(objective.restrict("*.bias"))
     with pytest.raises(sk.SharpkitError, match="Expected a vector"):
         slice_1d(objective, d[:-1], x)

@@ -1,8 +1,21 @@
 """Losses along lines, planes and curves through the parameters."""
 
 from sharpkit.landscape.compute import compute_slice, parse_range
-from sharpkit.landscape.directions import filter_normalized
-from sharpkit.landscape.geodesics import geodesic_slice
+from sharpkit.landscape.curvature_directions import (
+    eigen_directions,
+    gradient_direction,
+    worst_direction,
+)
+from sharpkit.landscape.geodesics import GeodesicSection, geodesic_slice
+from sharpkit.landscape.point_directions import (
+    Trajectory,
+    between,
+    orthogonalized,
+    tensor_direction,
+    trajectory_plane,
+)
+from sharpkit.landscape.points import SliceProgress
+from sharpkit.landscape.random_directions import filter_normalized, random_direction
 from sharpkit.landscape.result import Marker, Slice, Status, load_slice
 from sharpkit.landscape.section import Axis, Direction, Section, StraightSection
 from sharpkit.landscape.slices import quadratic_model, slice_1d
@@ -10,16 +23,27 @@ from sharpkit.landscape.slices import quadratic_model, slice_1d
 __all__ = [
     "Axis",
     "Direction",
+    "GeodesicSection",
     "Marker",
     "Section",
     "Slice",
+    "SliceProgress",
     "Status",
     "StraightSection",
+    "Trajectory",
+    "between",
     "compute_slice",
+    "eigen_directions",
     "filter_normalized",
     "geodesic_slice",
+    "gradient_direction",
     "load_slice",
+    "orthogonalized",
     "parse_range",
     "quadratic_model",
+    "random_direction",
     "slice_1d",
+    "tensor_direction",
+    "trajectory_plane",
+    "worst_direction",
 ]
