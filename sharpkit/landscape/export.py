@@ -57,13 +57,14 @@ def save_slice(one: Slice, path: str | Path, *, name: str | None = None) -> Path
     if ending == ".npz":
         return one.save(path)
     if ending == ".csv":
-        return _write(path, _csv(one))
+        return write_whole(path, _csv(one))
     if ending == ".vtp":
-        return _write(path, _vtp(one, name))
+        return write_whole(path, _vtp(one, name))
     raise SettingsError(f"Expected a name that ends in .npz, .csv or .vtp. Got {path}.")
 
 
-def _write(path: Path, text: str) -> Path:
+def write_whole(path: Path, text: str) -> Path:
+    """Write a file that appears when it is complete."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8", newline="\n")

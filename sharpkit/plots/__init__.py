@@ -5,6 +5,7 @@ from sharpkit.plots.contour import plot_contour
 from sharpkit.plots.curve import plot_slice
 from sharpkit.plots.figure import new_axes, save_figure, tidy
 from sharpkit.plots.forest import plot_taus
+from sharpkit.plots.interactive import interactive_page
 from sharpkit.plots.line import plot_line
 from sharpkit.plots.panels import plot_slices
 from sharpkit.plots.parts import plot_eigenvalues, plot_parts
@@ -16,6 +17,7 @@ from sharpkit.plots.tracking import plot_tracking
 
 __all__ = [
     "density_on",
+    "interactive_page",
     "new_axes",
     "plot_against_gap",
     "plot_audit",

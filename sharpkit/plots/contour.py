@@ -35,7 +35,7 @@ from sharpkit.plots.scale import MAP, Scale, scale_of, shown_name
 __all__ = ["plot_contour"]
 
 # The most telling first: a cell takes the reason of its worst corner.
-REGIONS = {
+REGIONS: dict[Status, dict[str, Any]] = {
     Status.NOT_FINITE: {"facecolor": "white", "edgecolor": "0.35", "hatch": "xxxx"},
     Status.CUT: {"facecolor": "0.72", "edgecolor": "0.72"},
     Status.SKIPPED: {"facecolor": "0.86", "edgecolor": "0.86"},
@@ -120,7 +120,12 @@ def draw_contour(
     handles = _regions(axes, slice_, np.isfinite(values.T))
     drawn = np.maximum(values, scale.levels[0] / 2) if scale.log else values
     masked = np.ma.masked_invalid(drawn)
-    options = {"levels": scale.levels, "norm": scale.norm, "extend": scale.extend, "cmap": MAP}
+    options: dict[str, Any] = {
+        "levels": scale.levels,
+        "norm": scale.norm,
+        "extend": scale.extend,
+        "cmap": MAP,
+    }
     if filled:
         shown = axes.contourf(x, y, masked, **options)
         shown.set_edgecolor("face")  # else viewers of PDF show seams between levels
@@ -214,13 +219,13 @@ def _regions(axes: Axes, one: Slice, known: np.ndarray) -> list[Artist]:
         axes.add_collection(
             PolyCollection(cells, linewidth=width, zorder=0.5, label=words[kind], **style)
         )
-        found.append(Patch(linewidth=0.6, label=words[kind], **{**style, "edgecolor": "0.5"}))  # type: ignore[arg-type]
+        found.append(Patch(linewidth=0.6, label=words[kind], **{**style, "edgecolor": "0.5"}))
     return found
 
 
 def _numbers(axes: Axes, shown: QuadContourSet) -> None:
     # Every second line, from the outermost; none where the edge would cut it.
-    some = shown.levels[1:-1][::-1][::2][:6]
+    some = np.asarray(shown.levels)[1:-1][::-1][::2][:6]
     texts = axes.clabel(shown, sorted(some), fontsize=7, inline=False, fmt=lambda v: f"{v:.3g}")
     for text in texts or ():
         text.set_path_effects(HALO)
@@ -229,8 +234,8 @@ def _numbers(axes: Axes, shown: QuadContourSet) -> None:
 
 
 def alike(one: Slice) -> bool:
-    # The same unit each way, and a shape that is no strip.
+    """Tell whether a plane has one unit both ways, and is no strip."""
     first, second = one.axes
-    units = [re.sub(r"\s*\(.*?\)|\d+", "", a.label) for a in (first, second)]
+    units = [re.sub(r"\s*\(.*?\)|\d+|first|second", "", a.label) for a in (first, second)]
     spans = [float(np.ptp(g)) for g in one.grid]
     return first.kind == second.kind and units[0] == units[1] and 0.25 <= spans[0] / spans[1] <= 4

@@ -33,7 +33,9 @@ __all__ = [
 # Okabe and Ito's palette: told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-HALO = [patheffects.withStroke(linewidth=2.0, foreground="white")]  # around text on lines
+HALO: list[patheffects.AbstractPathEffect] = [
+    patheffects.withStroke(linewidth=2.0, foreground="white")
+]  # around text on lines
 TIGHT: dict[str, Any] = {
     "frameon": False, "borderpad": 0.2, "columnspacing": 1.0, "handlelength": 1.6,
     "handletextpad": 0.6, "labelspacing": 0.25,
@@ -133,9 +135,7 @@ def cell_of(axes: Axes) -> Bbox:
     )  # fmt: skip
 
 
-def columns_of(
-    handles: Sequence[Artist], width: float
-) -> tuple[list[str], int, float, float]:
+def columns_of(handles: Sequence[Artist], width: float) -> tuple[list[str], int, float, float]:
     """Return what a legend needs to fit a width: labels, columns, size and height in points."""
     room = width - 0.1
     size = 8.0 if room > NARROW else 7.0

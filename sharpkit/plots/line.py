@@ -99,8 +99,13 @@ def plot_line(
 
 
 def draw_line(
-    left: Axes, held: Sequence[Slice], names: Sequence[str] | None, kind: Band | None,
-    level: float, quadratic: bool, log: bool,
+    left: Axes,
+    held: Sequence[Slice],
+    names: Sequence[str] | None,
+    kind: Band | None,
+    level: float,
+    quadratic: bool,
+    log: bool,
 ) -> tuple[dict[str, Axes], list[Artist]]:
     """Draw all but titles; return the axes of each quantity, and what a legend shows."""
     if not held or any(s.dim != 1 for s in held):
@@ -197,7 +202,7 @@ def _curve(
     kind: Band | None, level: float,
 ) -> Line2D:  # fmt: skip
     x, y = s.grid[0], np.asarray(s[name], dtype=float)
-    (line,) = axes.plot(x, y, color=colour, linestyle=style, linewidth=1.5, label=label)  # type: ignore[arg-type]
+    (line,) = axes.plot(x, y, color=colour, linestyle=style, linewidth=1.5, label=label)
     errors = {"rise": s.rise_errors, "value": s.errors}[kind] if kind else {}
     if name in errors:
         one = Estimate(0.0, 1.0, "stderr", dof=dof_of(s, name))

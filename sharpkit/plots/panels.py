@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,7 +19,7 @@ from sharpkit.plots.figure import TIGHT, add_caption, as_text, columns_of, tidy,
 from sharpkit.plots.line import band_of, draw_line
 from sharpkit.plots.places import label_places
 from sharpkit.plots.scale import Scale, scale_of, shown_name
-from sharpkit.plots.surface import plot_surface
+from sharpkit.plots.surface import draw_surface, fit, solid_axes
 
 __all__ = ["plot_slices"]
 
@@ -71,7 +70,10 @@ def plot_slices(
     plane, solid = dims == {2}, dims == {2} and kind == "surface"
     across = columns or min(len(held), 3)
     rows = math.ceil(len(held) / across)
-    size = (WIDTH * across + 0.9 * plane, (2.3 if not solid else 2.6) * rows + 0.2)
+    size = (
+        (WIDTH + 0.6 * solid) * across + 0.9 * (plane and not solid),
+        (2.3 if not solid else 2.8) * rows + 0.2,
+    )
     figure = Figure(figsize=size, layout="constrained")
     scale = scale_of(held, name, levels, log if log is not None else not solid) if plane else None
     if solid:
@@ -88,12 +90,8 @@ def plot_slices(
         _same_limits(drawn, held)
         add_colorbar(figure, drawn, scale, shown_name(name or first_loss(held[0])))
     else:
-        found = _lines(drawn, held, name, level, bool(log))
-    handles = list({str(h.get_label()): h for h in found}.values())
-    labels, wide, font, height = columns_of(handles, size[0])
-    figure.set_size_inches(size[0], size[1] + height / 72)
-    if labels:
-        figure.legend(handles, labels, loc="outside upper left", ncols=wide, fontsize=font, **TIGHT)
+        found = _lines(drawn, held, name, level, bool(log), across)
+    _legend(figure, found)
     for k, (axes, s) in enumerate(zip(drawn, held, strict=True)):
         _texts(axes, s, k, plane, last_row=k + across >= len(held), first=k % across == 0)
     if caption:
@@ -105,7 +103,12 @@ def plot_slices(
 
 
 def _lines(
-    drawn: Sequence[Axes], held: Sequence[Slice], name: str | None, level: float, log: bool
+    drawn: Sequence[Axes],
+    held: Sequence[Slice],
+    name: str | None,
+    level: float,
+    log: bool,
+    across: int,
 ) -> list[Artist]:
     band = band_of(held, True)
     found: list[Artist] = []
@@ -120,9 +123,25 @@ def _lines(
             if right is not None:
                 other.sharey(right)
             right = other
+            if axes is not drawn[-1] and (drawn.index(axes) + 1) % across:
+                other.set_ylabel("")
+                other.tick_params(labelright=False)
     for axes in drawn:
         axes.autoscale_view()
     return found
+
+
+def _legend(figure: Figure, found: Sequence[Artist]) -> float:
+    # What all panels show, once, at the top; returns its height in inches.
+    handles = list({str(h.get_label()): h for h in found}.values())
+    wide, high = figure.get_size_inches()
+    labels, columns, size, height = columns_of(handles, wide)
+    if labels:
+        figure.set_size_inches(wide, high + height / 72)
+        figure.legend(
+            handles, labels, loc="outside upper left", ncols=columns, fontsize=size, **TIGHT
+        )
+    return height / 72
 
 
 def _same_limits(drawn: Sequence[Axes], held: Sequence[Slice]) -> None:
@@ -134,7 +153,7 @@ def _same_limits(drawn: Sequence[Axes], held: Sequence[Slice]) -> None:
 
 
 def _texts(axes: Axes, s: Slice, k: int, plane: bool, *, last_row: bool, first: bool) -> None:
-    axes.set_title(wrapped(as_text(name_of(s) or f"slice {k + 1}"), WIDTH - 0.5, 8), fontsize=8)
+    _title(axes, s, k)
     if plane:
         label_axes(axes, s, (WIDTH - 0.7, WIDTH - 0.7))
     else:
@@ -147,23 +166,22 @@ def _texts(axes: Axes, s: Slice, k: int, plane: bool, *, last_row: bool, first: 
         axes.set_ylabel("")
 
 
+def _title(axes: Axes, s: Slice, k: int) -> None:
+    axes.set_title(wrapped(as_text(name_of(s) or f"slice {k + 1}"), WIDTH - 0.5, 8), fontsize=8)
+
+
 def _surfaces(
     figure: Figure, held: Sequence[Slice], name: str | None, scale: Scale,
     shape: tuple[int, int], trajectory: bool | None, caption: bool,
 ) -> tuple[Axes, ...]:  # fmt: skip
-    drawn: list[Axes] = []
-    if caption:
-        add_caption(figure, told(held), grow=True)
-    for k, s in enumerate(held):
-        axes = figure.add_subplot(*shape, k + 1, projection="3d")
-        plot_surface(
-            s, name, ax=axes, scale=scale, trajectory=trajectory,
-            title=name_of(s) or f"slice {k + 1}",
-        )  # fmt: skip
-        drawn.append(axes)
-    low = np.min([[g.min() for g in s.grid] for s in held], axis=0)
-    high = np.max([[g.max() for g in s.grid] for s in held], axis=0)
-    for axes in drawn:
-        axes.set_xlim(low[0], high[0])
-        axes.set_ylim(low[1], high[1])
+    drawn = [figure.add_subplot(*shape, k + 1, projection="3d") for k in range(len(held))]
+    found: list[Artist] = []
+    for axes, s in zip(drawn, held, strict=True):
+        found += draw_surface(solid_axes(axes), s, name, scale, trajectory)
+    _same_limits(drawn, held)
+    high = _legend(figure, found)
+    below = add_caption(figure, told(held), grow=True) if caption else 0.0
+    for k, (axes, s) in enumerate(zip(drawn, held, strict=True)):
+        _title(axes, s, k)
+        fit(solid_axes(axes), high + 0.4, below, False)
     return tuple(drawn)

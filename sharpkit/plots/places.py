@@ -12,7 +12,7 @@ from matplotlib.transforms import Affine2D, Bbox
 from sharpkit.landscape import Marker, Slice
 from sharpkit.plots.figure import HALO, as_text, width_of
 
-__all__ = ["draw_places", "label_places", "is_trajectory", "split_places"]
+__all__ = ["draw_places", "is_trajectory", "label_places", "split_places"]
 
 JOINED = ("trajectory", "pca")  # kinds of directions whose markers are one path
 CENTRE = ("theta", "centre", "center")
@@ -98,22 +98,21 @@ def label_places(axes: Axes, one: Slice, trajectory: bool | None) -> None:
         late, up = x + wide + 0.1 > edge.x1, y + 0.16 < edge.y1
         left = x - 0.07 - wide if late else x + 0.07
         low = y + 0.03 if up else y - 0.14
-        box = Bbox.from_bounds(left, low, wide, 0.11)
+        box = Bbox.from_bounds(left - 0.03, low, wide + 0.06, 0.11)
         if not edge.contains(x, y) or left < edge.x0 or box.count_overlaps(taken):
             continue
         taken.append(box)
         axes.annotate(
-            text, others[k].coordinates, xytext=(-5 if late else 5, 2 if up else -10),
-            textcoords="offset points", fontsize=SIZE,
+            text, (others[k].coordinates[0], others[k].coordinates[1]),
+            xytext=(-5 if late else 5, 2 if up else -10), textcoords="offset points", fontsize=SIZE,
             ha="right" if late else "left", va="bottom", zorder=8, path_effects=HALO,
-        )  # fmt: skip
+        ).set_in_layout(False)  # fmt: skip
 
 
 def _inside(one: Slice, points: np.ndarray) -> np.ndarray:
     low = np.array([g.min() for g in one.grid])
     high = np.array([g.max() for g in one.grid])
-    result: np.ndarray = ((points >= low) & (points <= high)).all(axis=1)
-    return result
+    return np.asarray(((points >= low) & (points <= high)).all(axis=1))
 
 
 def _arrow(axes: Axes, points: np.ndarray) -> None:

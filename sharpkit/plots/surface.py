@@ -71,11 +71,29 @@ def plot_surface(
     """
     check_plane(slice_, "plot_line")
     scale = scale or scale_of([slice_], name, None, log)
-    axes = _axes(ax)
+    axes = solid_axes(ax)
+    handles = draw_surface(axes, slice_, name, scale, trajectory)
+    axes.view_init(elev=elevation, azim=azimuth)
+    figure = axes.get_figure(root=True)
+    assert isinstance(figure, Figure)
+    if colorbar:
+        add_colorbar(figure, axes, scale, shown_name(name or first_loss(slice_)))
+    given = title if title is not None else name_of(slice_)
+    above = legend_above(axes, handles, as_text(given), grow=ax is None)
+    below = add_caption(figure, told(slice_), grow=ax is None) if caption else 0.0
+    fit(axes, above, below, colorbar)
+    result: Axes = axes
+    return result
+
+
+def draw_surface(
+    axes: Axes3D, slice_: Slice, name: str | None, scale: Scale, trajectory: bool | None
+) -> list[Artist]:
+    """Draw all but titles, and return what a legend shows."""
     x, y = slice_.grid
     values = np.asarray(slice_.loss if name is None else slice_[name], dtype=float)
     heights = scale.height(values)
-    corners = np.stack(np.meshgrid(x, y, indexing="ij") + (heights,), axis=-1)
+    corners = np.stack((*np.meshgrid(x, y, indexing="ij"), heights), axis=-1)
     cells = np.stack(
         [corners[:-1, :-1], corners[1:, :-1], corners[1:, 1:], corners[:-1, 1:]], axis=2
     ).reshape(-1, 4, 3)
@@ -94,23 +112,13 @@ def plot_surface(
     axes.set_xlim(x.min(), x.max())
     axes.set_ylim(y.min(), y.max())
     axes.set_zlim(low, high)
-    axes.view_init(elev=elevation, azim=azimuth)
-    label = shown_name(name or first_loss(slice_))
-    _marks(axes, slice_, scale, label)
+    _marks(axes, slice_, scale, shown_name(name or first_loss(slice_)))
     handles = _reasons(slice_, values)
     handles += _path(axes, slice_, heights, trajectory)
-    figure = axes.get_figure(root=True)
-    assert isinstance(figure, Figure)
-    if colorbar:
-        add_colorbar(figure, axes, scale, label)
-    given = title if title is not None else name_of(slice_)
-    above = legend_above(axes, handles, as_text(given), grow=ax is None)
-    below = add_caption(figure, told(slice_), grow=ax is None) if caption else 0.0
-    _fit(axes, above, below, colorbar)
-    return axes
+    return handles
 
 
-def _axes(ax: Axes | None) -> Axes3D:
+def solid_axes(ax: Axes | None) -> Axes3D:
     from mpl_toolkits.mplot3d import Axes3D
 
     if ax is None:
@@ -124,8 +132,8 @@ def _axes(ax: Axes | None) -> Axes3D:
     return ax
 
 
-def _fit(axes: Axes3D, above: float, below: float, colorbar: bool) -> None:
-    # As large as its labels leave it: they stand around the box, at any angle.
+def fit(axes: Axes3D, above: float, below: float, colorbar: bool) -> None:
+    """Make the box as large as its labels leave it: they stand around it, at any angle."""
     figure = axes.get_figure(root=True)
     assert isinstance(figure, Figure)
     cell = cell_of(axes)
@@ -141,8 +149,9 @@ def _fit(axes: Axes3D, above: float, below: float, colorbar: bool) -> None:
 
 
 def _marks(axes: Axes3D, one: Slice, scale: Scale, label: str) -> None:
-    heights = scale.height(np.array(scale.ticks))
-    axes.set_zticks(list(heights), labels=scale.labels)
+    step = 1 if cell_of(axes).width > NARROW or len(scale.ticks) < 5 else 2
+    heights = scale.height(np.array(scale.ticks[::step]))
+    axes.set_zticks(list(heights), labels=scale.labels[::step])
     axes.tick_params(labelsize=7, pad=0)
     texts = [as_text(a.label) for a in one.axes]
     if texts[0] == texts[1]:

@@ -126,7 +126,5 @@ def _series(axes: Axes, frame: pd.DataFrame, name: str, colour: str) -> Line2D:
     if error in frame:
         half = np.abs(frame[error].to_numpy(dtype=float))
         half = np.where(np.isfinite(half), half, np.nan)
-        axes.fill_between(
-            step, value - half, value + half, color=colour, alpha=0.22, linewidth=0
-        )
+        axes.fill_between(step, value - half, value + half, color=colour, alpha=0.22, linewidth=0)
     return line
