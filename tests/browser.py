@@ -30,6 +30,9 @@ def missing():
 class Browser:
     """A browser that starts with the block and ends with it."""
 
+    def __init__(self, flags=()):
+        self._flags = [*FLAGS, *flags]
+
     def __enter__(self):
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         folder = Path(self._folder.name)
@@ -44,7 +47,7 @@ class Browser:
             self._url = f"http://127.0.0.1:{self._port(log)}"
             options = {
                 "binary": shutil.which("chromium"),
-                "args": [*FLAGS, f"--user-data-dir={folder / 'profile'}"],
+                "args": [*self._flags, f"--user-data-dir={folder / 'profile'}"],
                 "prefs": {"download.default_directory": str(self.downloads)},
             }
             wanted = {

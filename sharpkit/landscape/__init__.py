@@ -1,11 +1,13 @@
 """Losses along lines, planes and curves through the parameters."""
 
+from sharpkit.landscape.caption import caption
 from sharpkit.landscape.compute import compute_slice, parse_range
 from sharpkit.landscape.curvature_directions import (
     eigen_directions,
     gradient_direction,
     worst_direction,
 )
+from sharpkit.landscape.export import save_slice
 from sharpkit.landscape.geodesics import GeodesicSection, geodesic_slice
 from sharpkit.landscape.point_directions import (
     Trajectory,
@@ -32,6 +34,7 @@ __all__ = [
     "StraightSection",
     "Trajectory",
     "between",
+    "caption",
     "compute_slice",
     "eigen_directions",
     "filter_normalized",
@@ -42,6 +45,7 @@ __all__ = [
     "parse_range",
     "quadratic_model",
     "random_direction",
+    "save_slice",
     "slice_1d",
     "tensor_direction",
     "trajectory_plane",

@@ -55,8 +55,8 @@ def plot_parts(frame: pd.DataFrame, *, ax: Axes | None = None, title: str = "") 
     )
     axes.grid(False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xticks(range(len(names)), [_short(n) for n in names], rotation=60, ha="right")
-    axes.set_yticks(range(len(rows)), [_short(PurePosixPath(n).stem) for n in rows])
+    axes.set_xticks(range(len(names)), [short(n) for n in names], rotation=60, ha="right")
+    axes.set_yticks(range(len(rows)), [short(PurePosixPath(n).stem) for n in rows])
     axes.tick_params(labelsize=7, length=0)
     figure = axes.get_figure(root=True)
     assert isinstance(figure, Figure)
@@ -96,12 +96,13 @@ def plot_eigenvalues(frame: pd.DataFrame, *, ax: Axes | None = None, title: str 
                 value[chosen], row[chosen], xerr=error[chosen], linestyle="none", marker="o",
                 markersize=3.5, color=COLOURS[0], markerfacecolor=face, elinewidth=0.8,
             )  # fmt: skip
-    axes.set_yticks(range(len(names)), [_short(PurePosixPath(n).stem) for n in names], fontsize=7)
+    axes.set_yticks(range(len(names)), [short(PurePosixPath(n).stem) for n in names], fontsize=7)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("eigenvalue")
     axes.set_title(as_text(title), fontsize=9)
     return axes
 
 
-def _short(text: str) -> str:
-    return as_text(text if len(text) <= LONG else "..." + text[3 - LONG :])
+def short(text: str, most: int = LONG) -> str:
+    """Return the end of a long name, as it is shown."""
+    return as_text(text if len(text) <= most else "..." + text[3 - most :])

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
-import json
 import math
 import os
 import string
@@ -16,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sharpkit.errors import StoreError
+from sharpkit.offline import digest, embed, visible
 from sharpkit.results import format_value
 from sharpkit.study.report.data import ReportData
 from sharpkit.study.report.parts import Parts
@@ -23,14 +21,13 @@ from sharpkit.study.report.parts import Parts
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["embed", "page", "write_page"]
+__all__ = ["page", "write_page"]
 
 SCRIPTS = (
     "base.js", "chart.js", "scatter.js", "forest.js", "table.js", "layers.js", "spectra.js",
     "facts.js",
 )  # fmt: skip
 MOST_NOTES = 400
-_HTML = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&'\u2028\u2029"})
 
 
 def page(data: ReportData) -> str:
@@ -46,11 +43,11 @@ def page(data: ReportData) -> str:
     script = "(() => {\n'use strict';\n" + "\n".join(map(_asset, SCRIPTS)) + "\n})();\n"
     style = _asset("report.css")
     return string.Template(_asset("report.html")).substitute(
-        title=html.escape(_visible(data.title)),
+        title=html.escape(visible(data.title)),
         style=style,
         script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
+        style_hash=digest(style),
+        script_hash=digest(script),
         data=embed(_plain(data)),
     )
 
@@ -84,32 +81,8 @@ def write_page(data: ReportData, path: str | Path) -> Path:
     return path
 
 
-def embed(value: Any) -> str:
-    r"""Return JSON that can stand in a script element: ASCII, without ``<``, ``>`` and ``&``.
-
-    Example:
-        >>> embed({"name": "</script>"})
-        '{"name":"\\u003c/script\\u003e"}'
-    """
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=True)
-    return text.translate(_HTML)
-
-
-def _visible(text: str) -> str:
-    # Characters that steer the direction of text, and halves of characters, are written out.
-    steering = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-    return "".join(
-        f"\\u{ord(c):04x}" if c in steering or c < " " or 0xD800 <= ord(c) < 0xE000 else c
-        for c in text
-    )
-
-
 def _asset(name: str) -> str:
     return (resources.files("sharpkit.study.report") / "page" / name).read_text("utf-8")
-
-
-def _hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 # -- the data ----------------------------------------------------------------------------
