@@ -190,21 +190,22 @@ def align(
     home, there = (_Balanced(state, touches, parts, factors, names) for state in (a, b))
     for objective, state, moved in ((first, a, home.state), (other, b, there.state)):
         _same(objective, state, moved)
-    coordinates: list[Coordinate] = []
+    orders: list[UnitOrder] = []
+    heads: list[HeadOrder] = []
     if "permutation" in how and seen is not None:
         turn = "gl" in how
-        coordinates += _orders(other, seen, b, fixed, names, notes)
-        coordinates += _heads(other, factors if turn else pairs.pairs, b, turn, notes)
-    headed = {id(p) for c in coordinates if isinstance(c, HeadOrder) for p in c.pairs}
-    coordinates += [Rotation(pair) for pair in factors if id(pair) not in headed]
+        orders = _orders(other, seen, b, fixed, names, notes)
+        heads = _heads(other, factors if turn else pairs.pairs, b, turn, notes)
+    headed = {id(pair) for layer in heads for pair in layer.pairs}
+    turned = [Rotation(pair) for pair in factors if id(pair) not in headed]
+    coordinates: list[Coordinate] = [*orders, *heads, *turned]
     generator = torch.Generator("cpu").manual_seed(seed)
-    orders = any(c.units for c in coordinates)
     found = match(
         home.state,
         there.state,
         coordinates,
         names,
-        restarts=restarts if orders else 0,
+        restarts=restarts if orders or heads else 0,
         generator=generator,
     )
     final = home.undo(found.state)

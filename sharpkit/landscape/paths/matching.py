@@ -31,17 +31,15 @@ GAIN = 1e-12  # of the norms' product: what is less is rounding, and no reason t
 
 
 class Coordinate(Protocol):
-    """One group, and its best element.
+    """One group, and its best element."""
 
-    Attributes:
-        label: For a reader.
-        kind: ``"permutation"`` or ``"gl"``.
-        units: How many things can change places; 0 for a rotation.
-    """
+    @property
+    def label(self) -> str:
+        """What it is, for a reader."""
 
-    label: str
-    kind: str
-    units: int
+    @property
+    def units(self) -> int:
+        """How many things can change places; 0 for a rotation."""
 
     @property
     def tensors(self) -> Collection[str]:
@@ -71,7 +69,6 @@ class UnitOrder:
 
     group: UnitGroup
     names: Collection[str]
-    kind: str = "permutation"
 
     @property
     def label(self) -> str:
@@ -123,13 +120,16 @@ class Rotation:
     """
 
     pair: FactorPair
-    kind: str = "gl"
-    units: int = 0
 
     @property
     def label(self) -> str:
         """What it is, and where."""
         return f"{self.pair.kind} of {self.pair.module}"
+
+    @property
+    def units(self) -> int:
+        """None."""
+        return 0
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -167,7 +167,6 @@ class HeadOrder:
 
     pairs: tuple[FactorPair, ...]
     turn: bool
-    kind: str = "permutation"
 
     @property
     def label(self) -> str:
@@ -198,10 +197,7 @@ class HeadOrder:
 
     def _values(self, pair: FactorPair, first: Pair, second: Pair) -> np.ndarray:
         # The value of each head of b at each place of a, planes of one head summed.
-        A, B = (
-            Pair(*(f.unflatten(0, (self.units, -1)) for f in factors))
-            for factors in (first, second)
-        )
+        A, B = (Pair(*(_by_group(f, self.units) for f in factors)) for factors in (first, second))
         rows = []
         for i in range(self.units):
             here = Pair(*(f[i].expand_as(f) for f in A))
@@ -222,7 +218,7 @@ class HeadOrder:
             moved[name] = b[name].clone(memory_format=torch.contiguous_format)
         for pair in self.pairs:
             for block in pair.blocks:
-                rows = block.read(b[block.name]).unflatten(0, (self.units, -1))
+                rows = _by_group(block.read(b[block.name]), self.units)
                 where = torch.as_tensor(order, device=rows.device)
                 block.write(moved[block.name], rows[where].flatten(0, 1))
         return moved
@@ -324,6 +320,10 @@ def _ascend(
         if not moved:
             break
     return b
+
+
+def _by_group(t: Tensor, groups: int) -> Tensor:
+    return t.reshape(groups, -1, *t.shape[1:])
 
 
 def _overlap(first: Pair, second: Pair, *, complex_: bool) -> Tensor:
