@@ -250,6 +250,9 @@ def test_error_rates_and_other_data_have_barriers_of_their_own():
         each.std().item() / math.sqrt(40), rel=1e-9
     )
     assert found.cost.forwards == 5 * 4
+    table = found.to_frame()
+    assert table["test/error rise error"][2] == found["test/error"].rise_errors[2]
+    assert list(table["t"]) == [0, 0.25, 0.5, 0.75, 1]
     with pytest.raises(SettingsError, match="test/error"):
         found["accuracy"]
 

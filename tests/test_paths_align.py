@@ -167,7 +167,7 @@ def test_scaled_units_are_scaled_back(name):
 @pytest.mark.parametrize("name", ["transformer", "fused", "rotary", "linear"])
 def test_turned_factors_are_turned_back(name):
     found = undone(name, FACTORS, ("gl",), 1, tol=1e-7)
-    assert {m.kind for m in found.moved} == {"gl"}
+    assert {(m.kind, m.units - m.changed) for m in found.moved} == {("gl", 0)}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,10 @@ def test_turned_factors_are_turned_back(name):
     ],
 )
 def test_everything_at_once_is_undone(name, kinds):
-    undone(name, kinds, ("permutation", "scale", "gl"), 2, tol=1e-6)
+    found = undone(name, kinds, ("permutation", "scale", "gl"), 2, tol=1e-6)
+    for moved_ in found.moved:
+        if moved_.kind == "scale":
+            assert moved_.changed == moved_.units
 
 
 @pytest.mark.parametrize("turn", [False, True])
@@ -213,6 +216,7 @@ def test_nothing_happens_to_a_network_and_itself(name):
         assert torch.equal(plain.theta, objective.theta)
         assert sum(m.changed for m in plain.moved) == 0
     full = align(objective, objective)
+    assert all(m.changed == 0 for m in full.moved)
     assert torch.allclose(full.theta, objective.theta, atol=1e-8)
     assert full.distance_after < 1e-8
 

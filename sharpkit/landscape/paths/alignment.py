@@ -37,6 +37,7 @@ FREEDOMS: tuple[Freedom, ...] = ("permutation", "scale", "gl")
 
 ROUNDS = 50  # of balancing units and factors in turn
 STEADY = 1e-12
+CHANGED = 1e-7  # relative: what is less is rounding
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,11 @@ def align(
     return Alignment(
         objective=aligned,
         state=final,
-        moved=_moved(coordinates, found.orders, home.scaling, there.scaling, parts, factors),
+        moved=(
+            *_renumbered(coordinates, found.orders),
+            *_multiplied(parts, touches, orders, found.orders, home.scaling, there.scaling),
+            *_turned(factors, coordinates, found.orders, b, final),
+        ),
         distance_before=before,
         distance_after=after,
         balanced_before=_distance(home.state, there.state, names),
@@ -412,26 +417,62 @@ def _distance(a: State, b: State, names: Sequence[str]) -> float:
     return math.sqrt(math.fsum(float((a[n] - b[n]).square().sum()) for n in names))
 
 
-def _moved(
-    coordinates: Sequence[Coordinate],
+def _renumbered(coordinates: Sequence[Coordinate], orders: Mapping[int, np.ndarray]) -> list[Moved]:
+    return [
+        Moved("permutation", c.label, c.units, int((orders[i] != np.arange(c.units)).sum()))
+        for i, c in enumerate(coordinates)
+        if i in orders
+    ]
+
+
+def _multiplied(
+    parts: Sequence[Part],
+    touches: Sequence[Touch],
+    units: Sequence[UnitOrder],
     orders: Mapping[int, np.ndarray],
     home: np.ndarray,
     there: np.ndarray,
-    parts: Sequence[Part],
-    factors: Sequence[FactorPair],
-) -> tuple[Moved, ...]:
-    moved = []
-    for i, coordinate in enumerate(coordinates):
-        if i in orders:
-            changed = int((orders[i] != np.arange(coordinate.units)).sum())
-            moved.append(Moved("permutation", coordinate.label, coordinate.units, changed))
+) -> list[Moved]:
+    # A unit's factor is its own in the second network's form, over that of the one in its place.
     members = sorted(unit for part in parts for unit in part.members)
-    off = np.abs(np.log(there / home)) > 1e-9
+    number = {unit: i for i, unit in enumerate(members)}
+    found = []
     for part in parts:
-        own = np.isin(members, part.members)
-        moved.append(Moved("scale", part.tensors[0], int(own.sum()), int(off[own].sum())))
-    moved += [Moved("gl", f"{p.kind} of {p.module}", p.heads, p.heads) for p in factors]
-    return tuple(moved)
+        touch = next(t for t in touches if set(part.members) & set(t.ids.tolist()))
+        source = np.arange(len(touch.ids))
+        for i, coordinate in enumerate(units):
+            group = coordinate.group
+            for other, at in zip(group.touches, group.positions, strict=True):
+                if (other.name, other.axis) == (touch.name, touch.axis):
+                    source[at.ravel()] = at[orders[i]].ravel()
+        place = [int(np.flatnonzero(touch.ids == unit)[0]) for unit in part.members]
+        came = [number[int(touch.ids[source[p]])] for p in place]
+        factors = there[came] / home[[number[unit] for unit in part.members]]
+        changed = int((np.abs(np.log(factors)) > CHANGED).sum())
+        found.append(Moved("scale", part.tensors[0], len(part.members), changed))
+    return found
+
+
+def _turned(
+    factors: Sequence[FactorPair],
+    coordinates: Sequence[Coordinate],
+    orders: Mapping[int, np.ndarray],
+    b: State,
+    final: State,
+) -> list[Moved]:
+    # Heads whose factors are other than renumbering alone makes them.
+    renumbered = dict(b)
+    for i, order in orders.items():
+        renumbered = coordinates[i].shuffled(renumbered, order)
+    found = []
+    for pair in factors:
+        changed = torch.zeros(pair.heads, dtype=torch.bool)
+        for before, after in zip(pair.read(renumbered), pair.read(final), strict=True):
+            gap, size = (after - before).flatten(1).norm(dim=1), before.flatten(1).norm(dim=1)
+            changed |= (gap > CHANGED * size).cpu()
+        label = f"{pair.kind} of {pair.module}"
+        found.append(Moved("gl", label, pair.heads, int(changed.sum())))
+    return found
 
 
 def _check(how: Sequence[Freedom], restarts: int) -> None:

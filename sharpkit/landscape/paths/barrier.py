@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from sharpkit.landscape.section import Section
 from sharpkit.objective import Objective
 from sharpkit.objective.groups import group_error
 from sharpkit.results import Cost, to_plain
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["Barrier", "Definition", "Profile", "barrier"]
 
@@ -110,6 +113,18 @@ class Barrier:
 
     def __str__(self) -> str:
         return "; ".join(str(p) for p in self.profiles.values())
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return a table with a row for each t: values, rises and their errors by name."""
+        import pandas as pd
+
+        columns: dict[str, Sequence[float]] = {"t": self.t}
+        for name, profile in self.profiles.items():
+            columns[name] = profile.values
+            columns[f"{name} rise"] = profile.rises
+            if profile.rise_errors is not None:
+                columns[f"{name} rise error"] = profile.rise_errors
+        return pd.DataFrame(columns)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; NaN becomes None."""
