@@ -448,6 +448,13 @@ def test_ends_can_be_thetas_and_state_dicts():
         align(normed, normed.theta)
 
 
+def test_a_network_without_the_freedom_asked_for_is_left_as_it_is_and_told():
+    first, second = objective_of("smooth"), objective_of("smooth", shake=5)
+    found = align(first, second, ("scale", "gl"))
+    assert torch.equal(found.theta, second.theta)
+    assert [note for note in found.notes if "Nothing" in note][1].endswith("'gl' to move.")
+
+
 def test_what_makes_no_alignment_is_refused():
     first = objective_of("mlp")
     state = dict(first.model.state_dict())

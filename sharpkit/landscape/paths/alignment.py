@@ -200,6 +200,8 @@ def align(
     headed = {id(pair) for layer in heads for pair in layer.pairs}
     turned = [Rotation(pair) for pair in factors if id(pair) not in headed]
     coordinates: list[Coordinate] = [*orders, *heads, *turned]
+    groups = {"permutation": [*orders, *heads], "scale": parts, "gl": factors}
+    notes += [f"Nothing was found for {name!r} to move." for name in how if not groups[name]]
     generator = torch.Generator("cpu").manual_seed(seed)
     found = match(
         home.state,
@@ -466,7 +468,7 @@ def _turned(
         renumbered = coordinates[i].shuffled(renumbered, order)
     found = []
     for pair in factors:
-        changed = torch.zeros(pair.heads, dtype=torch.bool)
+        changed = torch.zeros(pair.heads, dtype=torch.bool, device="cpu")
         for before, after in zip(pair.read(renumbered), pair.read(final), strict=True):
             gap, size = (after - before).flatten(1).norm(dim=1), before.flatten(1).norm(dim=1)
             changed |= (gap > CHANGED * size).cpu()

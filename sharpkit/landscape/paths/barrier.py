@@ -308,7 +308,7 @@ def _profile(
     parts = torch.where(finite[:, None], parts, math.nan)
     values = parts.sum(dim=1)
     first, last = parts[0], parts[-1]
-    t = torch.tensor(grid, dtype=torch.float64)[:, None]
+    t = torch.tensor(grid, dtype=torch.float64, device="cpu")[:, None]
     if definition == "linear":
         above = parts - (1 - t) * first - t * last
         above[0] = 0 * above[0]  # exactly, and NaN where it is unknown
@@ -345,7 +345,7 @@ def _held_out(above: Tensor, weights: Tensor) -> float:
     # Each group is read where the rise of all the others is largest.
     others = (above.sum(dim=1, keepdim=True) - above) / (1 - weights).clamp(min=1e-300)
     chosen = others.argmax(dim=0)
-    return float(above[chosen, torch.arange(above.shape[1])].sum())
+    return float(above[chosen, torch.arange(above.shape[1], device="cpu")].sum())
 
 
 def _notes(

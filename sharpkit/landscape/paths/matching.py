@@ -227,7 +227,7 @@ class HeadOrder:
         """Return it as a symmetry to be verified."""
 
         def draw(generator: torch.Generator) -> Element:
-            order = torch.randperm(self.units, generator=generator).numpy()
+            order = torch.randperm(self.units, generator=generator, device="cpu").numpy()
             if (order == np.arange(self.units)).all():
                 order = np.roll(order, 1)
             return lambda state: self.shuffled(state, order)
@@ -288,7 +288,7 @@ def match(
         orders = {i: np.arange(c.units) for i, c in enumerate(coordinates) if c.units}
         if start > 0:
             for i, at in orders.items():
-                orders[i] = torch.randperm(len(at), generator=generator).numpy()
+                orders[i] = torch.randperm(len(at), generator=generator, device="cpu").numpy()
                 state = coordinates[i].shuffled(state, orders[i])
         state = _ascend(a, state, coordinates, names, orders, generator)
         found.append((inner(a, state, names), state, orders))
@@ -308,7 +308,7 @@ def _ascend(
 ) -> dict[str, Tensor]:
     for _ in range(SWEEPS):
         moved = False
-        for i in torch.randperm(len(coordinates), generator=generator).tolist():
+        for i in torch.randperm(len(coordinates), generator=generator, device="cpu").tolist():
             coordinate = coordinates[i]
             counted = [n for n in coordinate.tensors if n in names]
             other, order = coordinate.best(a, b)

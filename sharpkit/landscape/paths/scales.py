@@ -92,7 +92,7 @@ def balancing(
                 sign = 1 if touch.role == "write" else -1
                 around = [1] * squares[touch.name].ndim
                 around[touch.axis] = len(moved)
-                factor = torch.as_tensor(np.exp(2 * sign * moved)).reshape(around)
+                factor = torch.as_tensor(np.exp(2 * sign * moved), device="cpu").reshape(around)
                 squares[touch.name] = squares[touch.name] * factor.to(squares[touch.name].device)
             logs += step
             largest = max(largest, float(np.abs(step).max(initial=0.0)))

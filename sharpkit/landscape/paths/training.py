@@ -148,7 +148,7 @@ def connect(
                 factor = _decay((epoch + progress) / epochs)
                 for group, rate in zip(stepper.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
-            t = float(torch.rand((), generator=generator, dtype=torch.float64))
+            t = float(torch.rand((), generator=generator, dtype=torch.float64, device="cpu"))
             value = _step(shard, curve, bends, stepper, t, share, weight_decay, statistics)
             total, terms = total + value * shard.num_terms, terms + shard.num_terms
         losses.append(total / terms)
@@ -216,7 +216,7 @@ def _epochs(
     mean = objective.num_terms / max(count, 1)
     for _ in range(epochs):
         if keep:
-            order = torch.randperm(count, generator=generator).tolist()
+            order = torch.randperm(count, generator=generator, device="cpu").tolist()
             shards = iter([kept[i] for i in order])
         else:
             shards = objective.shards(size)
