@@ -123,6 +123,32 @@ class Gauge:
                 moved = pair.act(moved, element, shifts)
         return moved
 
+    def undo(self, other: State) -> dict[str, Tensor]:
+        """Return another state after the inverse of that group element.
+
+        ``undo(state)`` are the given parameters. Key biases move by what takes zero to the
+        given ones, so that of equivalent networks they become the same.
+
+        Args:
+            other: Parameters and buffers of the same network.
+
+        Raises:
+            MeasureError: If a head is deficient, for which there is no such element.
+        """
+        if self.deficient:
+            raise MeasureError(
+                "Expected heads of full rank, to undo what made them canonical. Got"
+                f" {self.deficient} of less. Leave those pairs out."
+            )
+        moved = _contiguous(other)
+        with torch.no_grad():
+            for found in self._found:
+                pair, element = found.at, found.element
+                assert element is not None
+                shifts = tuple(block.read(self._given[block.name]).double() for block in pair.shift)
+                moved = pair.act(moved, torch.linalg.inv(element), shifts)
+        return moved
+
 
 def _contiguous(state: State) -> dict[str, Tensor]:
     # Blocks are places in contiguous parameters.

@@ -50,11 +50,13 @@ class Part:
         units: How many; of a group that acts on factors, how many matrices or numbers.
         tensors: Names of the parameters and buffers that move with them.
         draw: Makes a random element that acts on them.
+        members: Of units that factors multiply: their numbers in the observation.
     """
 
     units: int
     tensors: tuple[str, ...]
     draw: Callable[[torch.Generator], Element]
+    members: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from sharpkit.geometry.symmetries.kinds import Element, Part
 from sharpkit.geometry.symmetries.units import FIXED, Touch
 from sharpkit.objective.states import State
 
-__all__ = ["parts_of", "statistics"]
+__all__ = ["parts_of", "scaled", "statistics"]
 
 
 def statistics(touches: Sequence[Touch]) -> set[int]:
@@ -42,18 +42,29 @@ def _part(members: list[int], names: tuple[str, ...], touches: Sequence[Touch]) 
         u = torch.rand(len(members), generator=generator, dtype=torch.float64, device="cpu")
         factors = np.exp(2 * u.numpy() - 1)  # between 1/e and e
 
-        def act(state: State) -> dict[str, Tensor]:
-            moved = dict(state)
-            for touch in own:
-                moved[touch.name] = _scaled(moved[touch.name], touch, members, factors)
-            return moved
+        return lambda state: scaled(state, own, members, factors)
 
-        return act
-
-    return Part(len(members), names, draw)
+    return Part(len(members), names, draw, tuple(members))
 
 
-def _scaled(tensor: Tensor, touch: Touch, members: list[int], factors: np.ndarray) -> Tensor:
+def scaled(
+    state: State, touches: Sequence[Touch], members: Sequence[int], factors: np.ndarray
+) -> dict[str, Tensor]:
+    """Return the state with units multiplied by factors.
+
+    Args:
+        state: Parameters and buffers.
+        touches: Where the units lie, by their roles.
+        members: The units, ascending.
+        factors: A positive number for each.
+    """
+    moved = dict(state)
+    for touch in touches:
+        moved[touch.name] = _scaled(moved[touch.name], touch, members, factors)
+    return moved
+
+
+def _scaled(tensor: Tensor, touch: Touch, members: Sequence[int], factors: np.ndarray) -> Tensor:
     at = np.searchsorted(members, touch.ids).clip(max=len(members) - 1)
     hit = (np.asarray(members)[at] == touch.ids) & (touch.ids != FIXED)
     values = np.where(hit, factors[at], 1.0)
