@@ -9,6 +9,15 @@ from sharpkit.landscape.curvature_directions import (
 )
 from sharpkit.landscape.export import save_slice
 from sharpkit.landscape.geodesics import GeodesicSection, geodesic_slice
+from sharpkit.landscape.paths import (
+    BezierPath,
+    PolychainPath,
+    SegmentPath,
+    align,
+    barrier,
+    connect,
+    plane_through,
+)
 from sharpkit.landscape.point_directions import (
     Trajectory,
     between,
@@ -24,18 +33,24 @@ from sharpkit.landscape.slices import quadratic_model, slice_1d
 
 __all__ = [
     "Axis",
+    "BezierPath",
     "Direction",
     "GeodesicSection",
     "Marker",
+    "PolychainPath",
     "Section",
+    "SegmentPath",
     "Slice",
     "SliceProgress",
     "Status",
     "StraightSection",
     "Trajectory",
+    "align",
+    "barrier",
     "between",
     "caption",
     "compute_slice",
+    "connect",
     "eigen_directions",
     "filter_normalized",
     "geodesic_slice",
@@ -43,6 +58,7 @@ __all__ = [
     "load_slice",
     "orthogonalized",
     "parse_range",
+    "plane_through",
     "quadratic_model",
     "random_direction",
     "save_slice",
