@@ -15,22 +15,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 from sharpkit import __version__, measures
 from sharpkit.auditing import audit as audit_objective
 from sharpkit.cli_audit import report
+from sharpkit.cli_landscape import draw_slice, draw_spectrum, measure_path
+from sharpkit.cli_options import (
+    INTERRUPTED,
+    OK,
+    SOME_FAILED,
+    WRONG_USE,
+    DeviceOption,
+    DtypeOption,
+    ParamsOption,
+    RecipeOption,
+    TrustOption,
+    check_figure,
+    leave,
+    progress_bar,
+    read_device,
+    read_dtype,
+    stderr,
+    stdout,
+)
 from sharpkit.cli_report import correlate, report_study
 from sharpkit.cli_study import export_study, score_into_study
 from sharpkit.cli_tables import describe, frame_table, print_measure, print_result
@@ -55,54 +65,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-OK, SOME_FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-
-RecipeOption = Annotated[
-    Path, typer.Option("--recipe", "-r", help="Python file with model(), data() and loss.")
-]
-DtypeOption = Annotated[
-    str | None, typer.Option("--dtype", help="Evaluate in float32, float64 or bfloat16.")
-]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option("--device", help="For example cpu or cuda:0; default the model's."),
-]
-ParamsOption = Annotated[
-    list[str] | None,
-    typer.Option("--params", help="Glob of parameter names; may be repeated."),
-]
-TrustOption = Annotated[
-    bool,
-    typer.Option("--trust-pickle", help="Load checkpoints that can run code. Know their origin."),
-]
-
-
-def _stdout() -> Console:
-    return Console(file=sys.stdout, highlight=False, soft_wrap=False)
-
-
-def _stderr() -> Console:
-    return Console(file=sys.stderr, highlight=False)
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is not None and name not in DTYPES:
-        raise SettingsError(f"Expected --dtype to be one of {', '.join(DTYPES)}. Got {name!r}.")
-    return DTYPES[name] if name else None
-
-
-def _device(name: str | None) -> str | None:
-    if name is None:
-        return None
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        text = str(error).splitlines()[0]
-        raise SettingsError(f"Expected --device to be usable. {name!r} is not: {text}") from None
-    return name
-
 
 @contextmanager
 def _notes_on_stderr() -> Iterator[None]:
@@ -115,7 +77,7 @@ def _notes_on_stderr() -> Iterator[None]:
             usual(message, category, *rest, **named)
         elif str(message) not in seen:
             seen.add(str(message))
-            _stderr().print(f"note: {message}", style="yellow", markup=False)
+            stderr().print(f"note: {message}", style="yellow", markup=False)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", SharpkitWarning)
@@ -189,8 +151,8 @@ def score(
             recipe,
             requests,
             Options(
-                dtype=dtype if _dtype(dtype) else None,
-                device=_device(device),
+                dtype=dtype if read_dtype(dtype) else None,
+                device=read_device(device),
                 params=tuple(params) if params else None,
                 max_basis=max_basis,
                 num_groups=groups,
@@ -215,7 +177,7 @@ def score(
     count = len(requests or ()) if some else len(measures.names())
     loaded = load_recipe(recipe)
     files = find_checkpoints(checkpoints)
-    out, finished = _stdout(), []
+    out, finished = stdout(), []
 
     def on_result(result: CheckpointScores) -> None:
         finished.append(result)
@@ -224,7 +186,7 @@ def score(
 
     status = OK
     try:
-        with _progress() as bar:
+        with progress_bar() as bar:
             task = bar.add_task("", total=len(files) * count)
             started = -1
 
@@ -244,8 +206,8 @@ def score(
                 loaded,
                 requests,
                 seed=seed,
-                dtype=_dtype(dtype),
-                device=_device(device),
+                dtype=read_dtype(dtype),
+                device=read_device(device),
                 params=params or None,
                 trust_pickle=trust_pickle,
                 max_basis=max_basis,
@@ -260,16 +222,16 @@ def score(
         document = {"sharpkit": __version__, "checkpoints": [r.to_dict() for r in finished]}
         sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
     if status == INTERRUPTED:
-        _stderr().print(f"interrupted: {len(finished)} of {len(files)} checkpoints shown")
-        _leave(status)
+        stderr().print(f"interrupted: {len(finished)} of {len(files)} checkpoints shown")
+        leave(status)
     bad = [r for r in finished if r.failed]
     if bad:
-        _stderr().print(
+        stderr().print(
             f"{len(bad)} of {len(files)} checkpoints failed, fully or in part; the rest is"
             " complete.",
             style="red",
         )
-    _leave(SOME_FAILED if bad else OK)
+    leave(SOME_FAILED if bad else OK)
 
 
 def _score_into_study(
@@ -283,7 +245,7 @@ def _score_into_study(
     parts: bool,
     **how: Any,
 ) -> None:
-    out = _stdout()
+    out = stdout()
 
     def show(checkpoint: Path, scores: Scores, error: str | None) -> None:
         print_result(out, CheckpointScores(checkpoint, scores, {}, error), parts)
@@ -297,14 +259,14 @@ def _score_into_study(
             options,
             as_json=as_json,
             out=out,
-            log=_stderr(),
+            log=stderr(),
             show=show,
             **how,
         )
     except KeyboardInterrupt:
-        _stderr().print(f"interrupted: what was measured is in {path}; go on with the same command")
-        _leave(INTERRUPTED)
-    _leave(SOME_FAILED if bad else OK)
+        stderr().print(f"interrupted: what was measured is in {path}; go on with the same command")
+        leave(INTERRUPTED)
+    leave(SOME_FAILED if bad else OK)
 
 
 @app.command(name="export")
@@ -318,23 +280,14 @@ def export_command(
     ] = False,
 ) -> None:
     """Write a study as a table: CSV to stdout, or a file."""
-    export_study(study, output, wide=wide, out=_stdout())
+    export_study(study, output, wide=wide, out=stdout())
 
 
 app.command()(correlate)
 app.command(name="report")(report_study)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=_stderr(),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
+app.command(name="slice")(draw_slice)
+app.command(name="path")(measure_path)
+app.command(name="spectrum")(draw_spectrum)
 
 
 # -- measures ----------------------------------------------------------------------------
@@ -355,7 +308,7 @@ def list_measures(
         sys.stdout.write(catalogue_markdown())
         return
     chosen = [measures.get(name)] if name else [measures.get(n) for n in measures.names()]
-    out = _stdout()
+    out = stdout()
     if as_json:
         rows = [describe(m) for m in chosen]
         sys.stdout.write(json.dumps(rows[0] if name else rows, indent=2) + "\n")
@@ -401,16 +354,16 @@ def audit(
     for request in measure or ():
         parse_request(request)  # refuse before anything is computed
     if output is not None:
-        _check_figure(output)
+        check_figure(output)
     loaded = load_recipe(recipe)
     objective, _ = loaded.objective(
         checkpoint,
-        dtype=_dtype(dtype),
-        device=_device(device),
+        dtype=read_dtype(dtype),
+        device=read_device(device),
         params=params or None,
         trust_pickle=trust_pickle,
     )
-    with _progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("", total=None)
 
         def progress(text: str, done: int, total: int) -> None:
@@ -427,7 +380,7 @@ def audit(
     if as_json:
         sys.stdout.write(result.to_json() + "\n")
     else:
-        out = _stdout()
+        out = stdout()
         for item in report(result):
             out.print(item)
     if output is not None and result.symmetries:
@@ -435,14 +388,7 @@ def audit(
 
         save_figure(plot_audit(result, title=checkpoint.name), output)
     failed = any(c.verdict == "failed" for c in result.changes)
-    _leave(SOME_FAILED if failed or result.contradicted else OK)
-
-
-def _check_figure(path: Path) -> None:
-    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise SettingsError(f"Expected a figure's name to end in .png, .pdf or .svg. Got {path}.")
-    if not path.parent.is_dir():
-        raise SettingsError(f"Expected the folder {path.parent} to exist. Make it first.")
+    leave(SOME_FAILED if failed or result.contradicted else OK)
 
 
 # -- doctor ------------------------------------------------------------------------------
@@ -462,13 +408,13 @@ def doctor(
     loaded = load_recipe(recipe)
     objective, _ = loaded.objective(
         checkpoint,
-        dtype=_dtype(dtype),
-        device=_device(device),
+        dtype=read_dtype(dtype),
+        device=read_device(device),
         params=params or None,
         trust_pickle=trust_pickle,
     )
     findings = examine(objective)
-    out = _stdout()
+    out = stdout()
     if as_json:
         rows = [vars(f) for f in findings]
         sys.stdout.write(json.dumps(rows, indent=2, allow_nan=False) + "\n")
@@ -482,7 +428,7 @@ def doctor(
             }
             table.add_row(mark[finding.passed], Text(finding.name), Text(finding.text))
         out.print(table)
-    _leave(SOME_FAILED if any(f.passed is False for f in findings) else OK)
+    leave(SOME_FAILED if any(f.passed is False for f in findings) else OK)
 
 
 # -- demo --------------------------------------------------------------------------------
@@ -501,8 +447,8 @@ def demo(
     from sharpkit.demo.run import run_demo
 
     started = time.perf_counter()
-    out = _stdout()
-    with _progress() as bar:
+    out = stdout()
+    with progress_bar() as bar:
         task = bar.add_task("", total=None)
 
         def progress(text: str, done: int, total: int) -> None:
@@ -518,7 +464,7 @@ def demo(
     for path in report.files:
         out.print(Text(f"  {path}"))
     out.print(f"{time.perf_counter() - started:.0f} s in all")
-    _leave(SOME_FAILED if report.failures else OK)
+    leave(SOME_FAILED if report.failures else OK)
 
 
 # -- entry -------------------------------------------------------------------------------
@@ -540,11 +486,6 @@ def _options(
     del version, debug  # read before the command is parsed
 
 
-def _leave(status: int) -> None:
-    if status != OK:
-        raise typer.Exit(status)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     sys.exit(run(argv))
@@ -564,14 +505,14 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         with _notes_on_stderr():
             app(arguments, prog_name="sharpkit")
-    except SystemExit as leave:  # how typer ends, also after a usage error (2)
-        return leave.code if isinstance(leave.code, int) else OK
+    except SystemExit as ended:  # how typer ends, also after a usage error (2)
+        return ended.code if isinstance(ended.code, int) else OK
     except KeyboardInterrupt:
-        _stderr().print("interrupted")
+        stderr().print("interrupted")
         return INTERRUPTED
     except SharpkitError as error:
         if debug:
             raise
-        _stderr().print(Text(f"sharpkit: {' '.join(str(error).split())}", style="red"))
+        stderr().print(Text(f"sharpkit: {' '.join(str(error).split())}", style="red"))
         return WRONG_USE
     return OK

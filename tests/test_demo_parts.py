@@ -230,8 +230,10 @@ def test_density_integrates_to_one_and_marks_both_ends():
     assert np.trapezoid(grid * density, grid) == pytest.approx((0.7 + 0.05) / 2, abs=1e-6)
     axes = plots.plot_spectrum(spectrum)
     texts = [t.get_text() for t in axes.texts]
-    assert any("-1" in t for t in texts)
-    assert any("5" in t for t in texts)
+    assert texts == ["smallest Ritz value = -1", "largest Ritz value = 5"]
+    named = plots.plot_spectrum(spectrum, ends=(-1.25, 5.5))
+    texts = [t.get_text() for t in named.texts]
+    assert texts == [r"$\lambda_{\min}$ = -1.25", r"$\lambda_{\max}$ = 5.5"]
 
 
 def test_scatter_holds_the_points(tmp_path):

@@ -284,7 +284,9 @@ def _spectrum_figure(folder: Path, objective: Objective, name: str, seed: int) -
         f"{name}, P = {spectrum.dim}\n{len(spectrum.known)} outliers exact, the rest by 4 probes"
         f" x 40 steps, seed {seed}"
     )
-    axes = plots.plot_spectrum(spectrum, title=title)
+    found = {part.label: part.value for part in summary["top_eigenvalues"].parts}
+    ends = (found["lambda_-1"], found["lambda_1"])
+    axes = plots.plot_spectrum(spectrum, title=title, ends=ends)
     return [plots.save_figure(axes, folder / "spectrum.png"), data]
 
 

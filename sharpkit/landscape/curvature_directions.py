@@ -85,7 +85,7 @@ def eigen_directions(
     )  # fmt: skip
     for end, values, vectors, errors, converged in ends:
         for i, value in enumerate(values):
-            if not abs(value) > max(errors[i], pairs.upper_bound * 1e-7):
+            if not abs(value) > errors[i]:
                 raise MeasureError(
                     "Expected an eigenvalue that is told from zero, to scale the step by. The"
                     f" {end} number {i + 1} is {value:.3g} +- {errors[i]:.2g}. Take another end,"

@@ -272,7 +272,9 @@ class _Pass:
                                 grad=False)  # fmt: skip
 
     def _place(self, size: int) -> Tensor:
-        number = self.tallies._number[(self.evaluator.team.rank, self.evaluator.at_batch)]
+        team = self.evaluator.team
+        rank = team.rank if team.shares_data else 0
+        number = self.tallies._number[(rank, self.evaluator.at_batch)]
         start = self._seen.get(number, 0)
         self._seen[number] = start + size
         return self.tallies._groups(number, start, size)

@@ -39,10 +39,12 @@ def plot_spectrum(
     ax: Axes | None = None,
     title: str = "",
     x_scale: Literal["linear", "log"] = "linear",
+    ends: tuple[float, float] | None = None,
 ) -> Axes:
     """Draw the density on a logarithmic scale; eigenvalues below zero are shaded.
 
-    The largest and the smallest Ritz value are marked. Peaks are as wide as the smoothing
+    Both ends are marked: the eigenvalues if they are given, otherwise the outermost Ritz values,
+    which lie inside of them and are called so. Peaks are as wide as the smoothing
     (1% of the range), not as the eigenvalues: a lone outlier shows as a small bump.
 
     Args:
@@ -51,10 +53,13 @@ def plot_spectrum(
         title: Of the axes.
         x_scale: ``"log"`` shows magnitudes on both sides of zero over many decades; the
             density then is per unit of the axis, so that peaks keep their area.
+        ends: The smallest and the largest eigenvalue, as a Lanczos run found them.
     """
     axes = ax or new_axes()
     values = np.concatenate([np.array(nodes) for nodes in spectrum.nodes])
     low, high = float(values.min()), float(values.max())
+    if ends is not None:
+        low, high = min(low, ends[0]), max(high, ends[1])
     scale = SMALLEST_SHARE * (max(abs(low), abs(high)) or 1.0)
 
     def onto(x: np.ndarray) -> np.ndarray:
@@ -77,11 +82,15 @@ def plot_spectrum(
     axes.margins(x=0)
     if low < 0:
         axes.axvspan(grid[0], 0, color="0.85", zorder=0, linewidth=0)
-    for value, name, side in ((low, "min", "left"), (high, "max", "right")):
+    marked = ends or (low, high)
+    names = (r"$\lambda_{\min}$", r"$\lambda_{\max}$")
+    if ends is None:
+        names = ("smallest Ritz value", "largest Ritz value")
+    for value, name, side in zip(marked, names, ("left", "right"), strict=True):
         at = float(onto(np.array(value)))
         axes.axvline(at, color=COLOURS[1], linewidth=0.8, linestyle=":")
         axes.annotate(
-            f"$\\lambda_{{\\{name}}}$ = {value:.3g}",
+            f"{name} = {value:.3g}",
             (at, 0.97),
             xycoords=("data", "axes fraction"),
             xytext=(4 if side == "left" else -4, 0),

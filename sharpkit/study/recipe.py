@@ -8,8 +8,10 @@ A recipe is the user's own code and runs as such. It holds either
   ``(loss_sum, num_terms)``;
 
 or one function ``objective(checkpoint)`` that returns a ready ``sharpkit.Objective``.
-Optional: ``initial(checkpoint)`` (the parameters before training: a module or a state dict)
-and ``optimizer(checkpoint)`` (the optimizer's state), for measures that need them;
+Optional: ``test_data()``, other batches (or ``test_objective(checkpoint)`` beside
+``objective``), for slices and paths; ``initial(checkpoint)`` (the parameters before training: a
+module or a state dict) and ``optimizer(checkpoint)`` (the optimizer's state), for measures that
+need them;
 ``params`` (a selection of parameters), ``load_weights = False`` (``model`` has done it),
 ``metadata(checkpoint) -> dict`` (generalization gap, hyper-parameters).
 """
@@ -32,6 +34,7 @@ from sharpkit.errors import RecipeError, SharpkitError
 from sharpkit.objective import Objective
 from sharpkit.parameters import Selection
 from sharpkit.study.checkpoints import load_checkpoint
+from sharpkit.team import Group, Share
 
 __all__ = ["Recipe", "load_recipe"]
 
@@ -49,7 +52,12 @@ class Recipe:
 
     path: Path
     names: Mapping[str, Any]
-    _data: Any = field(default=None, repr=False)
+    _data: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def has_test_data(self) -> bool:
+        """Whether the recipe gives other data than those that are measured on."""
+        return ("test_objective" if "objective" in self.names else "test_data") in self.names
 
     def objective(
         self,
@@ -59,6 +67,9 @@ class Recipe:
         device: str | None = None,
         params: Selection | None = None,
         trust_pickle: bool = False,
+        test: bool = False,
+        process_group: Group = None,
+        share: Share = "data",
     ) -> tuple[Objective, dict[str, Any]]:
         """Return the objective of a checkpoint, and where its weights came from.
 
@@ -68,18 +79,28 @@ class Recipe:
             device: Move the model there.
             params: Overrides the recipe's ``params``.
             trust_pickle: Allow checkpoints that run code when loaded.
+            test: On ``test_data()``.
+            process_group: Ranks that measure together, as for ``Objective``; a recipe's own
+                ``objective`` sees to it by itself.
+            share: Likewise.
 
         Raises:
             RecipeError: If a function of the recipe fails or returns something else than
-                it should.
+                it should, or there are no test data.
             CheckpointError: If the checkpoint does not fit.
             ObjectiveError: If the parts do not make an objective.
         """
+        if test and not self.has_test_data:
+            raise RecipeError(
+                f"Expected {self.path} to define test_data() (or test_objective(checkpoint) beside"
+                " objective). It does not."
+            )
         if "objective" in self.names:
-            objective = self._call("objective", checkpoint)
+            name = "test_objective" if test else "objective"
+            objective = self._call(name, checkpoint)
             if not isinstance(objective, Objective):
                 raise RecipeError(
-                    f"Expected objective(checkpoint) in {self.path} to return a"
+                    f"Expected {name}(checkpoint) in {self.path} to return a"
                     f" sharpkit.Objective. Got {type(objective).__name__}."
                 )
             if params is not None:
@@ -100,15 +121,18 @@ class Recipe:
         if device is not None:
             model = model.to(device)
         model.eval()
-        if self._data is None:
-            self._data = self._call("data")
+        source = "test_data" if test else "data"
+        if source not in self._data:
+            self._data[source] = self._call(source)
+        data = self._data[source]
+        how: dict[str, Any] = {"process_group": process_group, "share": share}
         selection = params if params is not None else self.names.get("params", "*")
         if "batch_loss" in self.names:
             objective = Objective.from_batch_loss(
-                model, self.names["batch_loss"], self._data, selection, dtype=dtype
+                model, self.names["batch_loss"], data, selection, dtype=dtype, **how
             )
         else:
-            objective = Objective(model, self.names["loss"], self._data, selection, dtype=dtype)
+            objective = Objective(model, self.names["loss"], data, selection, dtype=dtype, **how)
         return objective, origin
 
     def beside(self, checkpoint: Path | None) -> dict[str, Any]:
@@ -186,7 +210,7 @@ def load_recipe(path: str | Path) -> Recipe:
         ) from error
     finally:
         sys.path.remove(folder)
-    for name in (*BESIDE, "metadata"):
+    for name in (*BESIDE, "metadata", "test_data", "test_objective"):
         if name in names:
             _require_callable(path, names, name)
     if "objective" in names:
