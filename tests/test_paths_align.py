@@ -181,6 +181,7 @@ def test_turned_factors_are_turned_back(name):
 )
 def test_everything_at_once_is_undone(name, kinds):
     found = undone(name, kinds, ("permutation", "scale", "gl"), 2, tol=1e-6)
+    assert not any("rounds" in note for note in found.notes)
     for moved_ in found.moved:
         if moved_.kind == "scale":
             assert moved_.changed == moved_.units
@@ -401,6 +402,13 @@ def test_balanced_units_get_and_give_the_same_and_have_the_smallest_norm():
     assert float(home.theta.norm()) < float(objective.theta.norm())
     found = align(home, other, ("scale",))
     assert torch.allclose(found.theta, home.theta, atol=1e-9)
+
+
+def test_units_and_factors_that_do_not_settle_are_told(monkeypatch):
+    monkeypatch.setattr("sharpkit.landscape.paths.alignment.ROUNDS", 1)
+    first = objective_of("transformer")
+    found = align(first, first, ("scale", "gl"))
+    assert any("1 rounds" in note for note in found.notes)
 
 
 def test_random_starts_can_only_help():

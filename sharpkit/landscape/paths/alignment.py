@@ -191,6 +191,11 @@ def align(
     home, there = (_Balanced(state, touches, parts, factors, names) for state in (a, b))
     for objective, state, moved in ((first, a, home.state), (other, b, there.state)):
         _same(objective, state, moved)
+    if not (home.settled and there.settled):
+        notes.append(
+            f"Units and factors were not balanced after {ROUNDS} rounds: the result depends a"
+            " little on the scales that training ended at."
+        )
     orders: list[UnitOrder] = []
     heads: list[HeadOrder] = []
     if "permutation" in how and seen is not None:
@@ -255,6 +260,7 @@ class _Balanced:
         self._steps: list[Scaling | Gauge] = []
         self.scaling = np.ones(sum(len(part.members) for part in parts))
         self.state = dict(state)
+        self.settled = not (parts and factors)
         # Either changes what the other sees where units are in a pair; both lower the norm.
         for turn in range(ROUNDS):
             largest = 0.0
@@ -265,6 +271,7 @@ class _Balanced:
                 self.scaling = self.scaling * scaling.factors
                 largest = float(np.abs(np.log(scaling.factors)).max(initial=0.0))
             if turn > 0 and largest < STEADY:
+                self.settled = True
                 break
             if factors:
                 gauge = Gauge(self.state, Factorization(tuple(factors)))
