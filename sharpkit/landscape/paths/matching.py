@@ -213,8 +213,8 @@ class HeadOrder:
             rows.append(worth.sum(-1))
         found = torch.stack(rows)
         for block in pair.shift if not self.turn else ():
-            here, there = (block.read(s[block.name]).reshape(self.units, -1) for s in (a, b))
-            found = found + here @ there.mT
+            mine, theirs = (block.read(s[block.name]).reshape(self.units, -1) for s in (a, b))
+            found = found + mine @ theirs.mT
         value: np.ndarray = found.cpu().numpy()
         return value
 
