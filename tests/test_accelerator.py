@@ -20,6 +20,7 @@ from sharpkit.estimators import (
     xdiag,
     xtrace,
 )
+from sharpkit.landscape.paths import SegmentPath, align, barrier, connect, plane_through
 from sharpkit.testing import trained_with_adam
 
 needs_cuda = pytest.mark.skipif(
@@ -302,3 +303,24 @@ def test_float64_on_request():
     assert pairs.largest_vectors.dtype == torch.float64
     dense = torch.linalg.eigvalsh(sk.hessian(exact).to_dense())
     assert pairs.largest[0] == pytest.approx(float(dense[-1]), rel=1e-6)
+
+
+def test_paths_are_the_same_on_an_accelerator():
+    def measured(here):
+        a, b = here.theta, here.theta.flip(0)
+        found = align(here, b, ("permutation", "scale"), restarts=1)
+        bend = connect(here, a, b, epochs=2, batch_size=8).path.bends[0]
+        top = barrier(here, SegmentPath(a, found.theta), 5, ("loss", "error"), groups=4)
+        _, markers = plane_through(a, b, bend)
+        return [found.distance_after, *top.loss.rises, top.error, *markers[2].coordinates]
+
+    def build():
+        return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build()
+    expected = measured(objective(model))
+    with accelerator():
+        found = measured(objective(far(model)))
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)

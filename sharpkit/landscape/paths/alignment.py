@@ -14,17 +14,16 @@ from torch import Tensor
 from sharpkit.errors import MeasureError, SettingsError, ShapeError
 from sharpkit.geometry.canonical import Gauge
 from sharpkit.geometry.layouts import Factorization, FactorPair, find_pairs
-from sharpkit.geometry.symmetries import (
-    Symmetry,
-    batch_norm_scale,
-    node_scale,
-    permutation,
-    verified,
-)
 from sharpkit.geometry.symmetries.kinds import Observation, Part, rounding_of
 from sharpkit.geometry.symmetries.units import Touch
+from sharpkit.landscape.paths.freedoms import (
+    full_pairs,
+    head_orders,
+    scalable_parts,
+    unit_orders,
+)
 from sharpkit.landscape.paths.matching import Coordinate, HeadOrder, Rotation, UnitOrder, match
-from sharpkit.landscape.paths.scales import Scaling, balancing, meets_itself
+from sharpkit.landscape.paths.scales import Scaling, balancing
 from sharpkit.landscape.paths.statistics import normalised_by_statistics
 from sharpkit.objective import Objective
 from sharpkit.objective.states import State, deviation, state_of, with_state
@@ -182,21 +181,26 @@ def align(
     seen = Observation.of(other, b) if {"permutation", "scale"} & set(how) else None
     pairs = find_pairs(other) if "gl" in how or "permutation" in how else Factorization(())
     notes += pairs.notes if "gl" in how else ()
-    factors = _full(a, pairs.pairs, notes) if "gl" in how else ()
+    factors = full_pairs(a, pairs.pairs, notes) if "gl" in how else ()
     touches: Sequence[Touch] = ()
     parts: list[Part] = []
     if "scale" in how and seen is not None:
         touches = seen.units("scale").touches()
-        parts = _scalable(other, seen, touches, b, fixed, names, notes)
+        parts = scalable_parts(other, seen, touches, b, fixed, names, notes)
     home, there = (_Balanced(state, touches, parts, factors, names) for state in (a, b))
     for objective, state, moved in ((first, a, home.state), (other, b, there.state)):
         _same(objective, state, moved)
+    if not (home.settled and there.settled):
+        notes.append(
+            f"Units and factors were not balanced after {ROUNDS} rounds: the result depends a"
+            " little on the scales that training ended at."
+        )
     orders: list[UnitOrder] = []
     heads: list[HeadOrder] = []
     if "permutation" in how and seen is not None:
         turn = "gl" in how
-        orders = _orders(other, seen, b, fixed, names, notes)
-        heads = _heads(other, factors if turn else pairs.pairs, b, turn, notes)
+        orders = unit_orders(other, seen, b, fixed, names, notes)
+        heads = head_orders(other, factors if turn else pairs.pairs, b, turn, notes)
     headed = {id(pair) for layer in heads for pair in layer.pairs}
     turned = [Rotation(pair) for pair in factors if id(pair) not in headed]
     coordinates: list[Coordinate] = [*orders, *heads, *turned]
@@ -255,6 +259,7 @@ class _Balanced:
         self._steps: list[Scaling | Gauge] = []
         self.scaling = np.ones(sum(len(part.members) for part in parts))
         self.state = dict(state)
+        self.settled = not (parts and factors)
         # Either changes what the other sees where units are in a pair; both lower the norm.
         for turn in range(ROUNDS):
             largest = 0.0
@@ -265,6 +270,7 @@ class _Balanced:
                 self.scaling = self.scaling * scaling.factors
                 largest = float(np.abs(np.log(scaling.factors)).max(initial=0.0))
             if turn > 0 and largest < STEADY:
+                self.settled = True
                 break
             if factors:
                 gauge = Gauge(self.state, Factorization(tuple(factors)))
@@ -316,93 +322,6 @@ def _state(first: Objective, second: Objective | Tensor | State) -> dict[str, Te
                 f"Expected finite parameters. {name!r} has an infinite entry or NaN."
             )
     return found
-
-
-def _full(a: State, pairs: Sequence[FactorPair], notes: list[str]) -> tuple[FactorPair, ...]:
-    # Those that the first network has at full rank: only they have a gauge to go back to.
-    kept = tuple(p for p in pairs if not Gauge(a, Factorization((p,))).deficient)
-    left = [p for p in pairs if p not in kept]
-    if left:
-        notes.append(
-            f"Left out {left[0].kind} of {left[0].module!r}"
-            f"{f' and {len(left) - 1} more' if len(left) > 1 else ''}: its product is of less"
-            " than full rank in the first network."
-        )
-    return kept
-
-
-def _scalable(
-    objective: Objective,
-    seen: Observation,
-    touches: Sequence[Touch],
-    state: State,
-    fixed: set[str],
-    names: Sequence[str],
-    notes: list[str],
-) -> list[Part]:
-    kept: list[Part] = []
-    for name, module in (("node_scale", node_scale), ("batch_norm_scale", batch_norm_scale)):
-        guess = tuple(module.find(seen))
-        found = verified(objective, Symmetry(name, guess), state) if guess else None
-        for part in found.parts if found else ():
-            if fixed & set(part.tensors):
-                notes.append(f"Left out units of {part.tensors[0]}: some parameters are fixed.")
-            elif meets_itself(part, touches, names):
-                notes.append(f"Left out units of {part.tensors[0]}: they write what they read.")
-            else:
-                kept.append(part)
-    return kept
-
-
-def _orders(
-    objective: Objective,
-    seen: Observation,
-    state: State,
-    fixed: set[str],
-    names: Sequence[str],
-    notes: list[str],
-) -> list[UnitOrder]:
-    groups = permutation.groups_of(seen)
-    parts = permutation.find(seen)
-    found = verified(objective, Symmetry("permutation", tuple(parts)), state) if parts else None
-    held = {id(part) for part in found.parts} if found else set()
-    kept = []
-    for part, group in zip(parts, groups, strict=True):
-        if id(part) not in held:
-            continue
-        if fixed & set(group.tensors):
-            notes.append(f"Left out units of {group.tensors[0]}: some parameters are fixed.")
-            continue
-        kept.append(UnitOrder(group, names))
-    return kept
-
-
-def _heads(
-    objective: Objective,
-    pairs: Sequence[FactorPair],
-    state: State,
-    turn: bool,
-    notes: list[str],
-) -> list[HeadOrder]:
-    layers: dict[str, list[FactorPair]] = {}
-    for pair in pairs:
-        if pair.kind in ("qk", "vo"):
-            layers.setdefault(pair.module, []).append(pair)
-    guesses = []
-    for module, held in layers.items():
-        counts = {block.size[0] for pair in held for block in pair.blocks}
-        if {pair.kind for pair in held} != {"qk", "vo"} or len(counts) != 1:
-            notes.append(
-                f"The heads of {module!r} keep their order: not all of their factors are free."
-            )
-        elif counts != {1}:
-            guesses.append(HeadOrder(tuple(held), turn))
-    if not guesses:
-        return []
-    parts = [guess.part() for guess in guesses]
-    found = verified(objective, Symmetry("heads", tuple(parts)), state)
-    held_parts = {id(part) for part in found.parts} if found else set()
-    return [g for g, part in zip(guesses, parts, strict=True) if id(part) in held_parts]
 
 
 def _same(objective: Objective, state: State, moved: State) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class Path(ABC):
         """The control points between the ends."""
         return self.points[1:-1]
 
-    @property
+    @cached_property
     def axes(self) -> tuple[Axis, ...]:
         """One: t, whose unit is the distance of the ends."""
         distance = float((self.points[-1].double() - self.points[0].double()).norm())

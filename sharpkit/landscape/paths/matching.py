@@ -187,7 +187,7 @@ class HeadOrder:
         """Return b with its heads in the best order, turned if they may be."""
         value = np.zeros((self.units, self.units))
         for pair in self.pairs:
-            value += self._values(pair, pair.read(a), pair.read(b))
+            value += self._values(pair, a, b)
         _, order = linear_sum_assignment(value, maximize=True)
         moved = self.shuffled(b, order)
         if self.turn:
@@ -195,8 +195,10 @@ class HeadOrder:
                 moved, _ = Rotation(pair).best(a, moved)
         return moved, order
 
-    def _values(self, pair: FactorPair, first: Pair, second: Pair) -> np.ndarray:
-        # The value of each head of b at each place of a, planes of one head summed.
+    def _values(self, pair: FactorPair, a: State, b: State) -> np.ndarray:
+        # The value of each head of b at each place of a, planes of one head summed. What can be
+        # shifted counts where it is not zero in both, as it is where factors turn.
+        first, second = pair.read(a), pair.read(b)
         A, B = (Pair(*(_by_group(f, self.units) for f in factors)) for factors in (first, second))
         rows = []
         for i in range(self.units):
@@ -209,7 +211,12 @@ class HeadOrder:
             else:
                 worth = z.diagonal(dim1=-2, dim2=-1).sum(-1)
             rows.append(worth.sum(-1))
-        return torch.stack(rows).cpu().numpy()
+        found = torch.stack(rows)
+        for block in pair.shift if not self.turn else ():
+            mine, theirs = (block.read(s[block.name]).reshape(self.units, -1) for s in (a, b))
+            found = found + mine @ theirs.mT
+        value: np.ndarray = found.cpu().numpy()
+        return value
 
     def shuffled(self, b: State, order: np.ndarray) -> dict[str, Tensor]:
         """Return b with its heads in another order."""
