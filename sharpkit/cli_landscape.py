@@ -431,8 +431,8 @@ def measure_path(
     points: Annotated[int, typer.Option("-t", help="Points along each path.")] = 25,
     test: Annotated[bool, typer.Option("--test", help="On the recipe's test_data() too.")] = False,
     batch_norm: Annotated[
-        str, typer.Option("--batch-norm", help="Running statistics: refuse, keep or reestimate.")
-    ] = "refuse",
+        str, typer.Option("--batch-norm", help="Running statistics: reestimate, refuse or keep.")
+    ] = "reestimate",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of matching and training.")] = 0,
     dtype: DtypeOption = None,

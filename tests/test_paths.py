@@ -1,5 +1,6 @@
 """Paths between minima: curves, barriers, training of curves, planes."""
 
+import copy
 import itertools
 import json
 import math
@@ -336,7 +337,10 @@ def test_running_statistics_are_refused_kept_or_estimated_anew():
     objective = objective_of(normalised)
     a, b = ends_of(objective)
     path = SegmentPath(a, b)
-    for work in (lambda: barrier(objective, path), lambda: connect(objective, a, b, epochs=1)):
+    for work in (
+        lambda: barrier(objective, path, statistics="refuse"),
+        lambda: connect(objective, a, b, epochs=1, statistics="refuse"),
+    ):
         with pytest.raises(MeasureError, match="running statistics"):
             work()
     kept = barrier(objective, path, t=3, statistics="keep")
@@ -359,6 +363,22 @@ def test_running_statistics_are_refused_kept_or_estimated_anew():
     assert anew.loss.values[1] != pytest.approx(kept.loss.values[1], rel=1e-3)
     curve = connect(objective, a, b, epochs=2, lr=0.01, statistics=fresh)
     assert all(math.isfinite(x) for x in curve.losses)
+
+
+def test_by_default_statistics_are_estimated_on_the_first_data_for_all():
+    objective = objective_of(normalised)
+    a, b = ends_of(objective)
+    X, y = normal(30, 4, seed=8), classes(3, 30, seed=9)
+    other = sk.Objective(objective.model, CE, (X, y))
+    found = barrier(objective, SegmentPath(a, b), t=3, test=other)
+    net = copy.deepcopy(objective.model)
+    torch.nn.utils.vector_to_parameters((a + b) / 2, net.parameters())
+    batches = [inputs for inputs, _ in objective._evaluator.batches()]
+    torch.optim.swa_utils.update_bn(batches, net)
+    net.eval()
+    with torch.no_grad():
+        assert found["test/loss"].values[1] == pytest.approx(CE(net(X), y).item())
+    assert objective.model[1].running_mean.abs().max() == 0  # the user's own
 
 
 # -- training ----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from sharpkit.landscape.paths import Barrier, Connection, SegmentPath, align, ba
 from sharpkit.landscape.paths.statistics import Statistics
 from sharpkit.objective import Objective
 from sharpkit.objective.labels import has_labels
-from sharpkit.objective.statistics import reestimated
 from sharpkit.study.slicing import Source
 
 if TYPE_CHECKING:
@@ -26,11 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["FREEDOMS", "PathRequest", "Paths", "write_paths"]
 
 FREEDOMS = ("permutation", "scale", "gl")
-STATISTICS: Mapping[str, Statistics] = {
-    "refuse": "refuse",
-    "keep": "keep",
-    "reestimate": reestimated,
-}
+STATISTICS: tuple[Literal["reestimate", "refuse", "keep"], ...] = ("reestimate", "refuse", "keep")
 
 
 @dataclass(frozen=True)
@@ -122,7 +117,7 @@ class PathRequest:
         lr: Likewise.
         batch_size: Likewise.
         points: Along each path.
-        batch_norm: ``"refuse"``, ``"keep"`` or ``"reestimate"``.
+        batch_norm: ``"reestimate"``, ``"refuse"`` or ``"keep"``.
         seed: Of matching and training.
     """
 
@@ -133,7 +128,7 @@ class PathRequest:
     lr: float = 0.05
     batch_size: int | None = None
     points: int = 25
-    batch_norm: str = "refuse"
+    batch_norm: str = "reestimate"
     seed: int = 0
 
     def check(self) -> None:
@@ -167,7 +162,7 @@ class PathRequest:
         a, b = (next(iter(e.values())) for e in ends)
         others = {n: o for n, o in ends[0].items() if n not in ("", "train")}
         test = next(iter(others.values())) if others else None
-        statistics = STATISTICS[self.batch_norm]
+        statistics = STATISTICS[STATISTICS.index(self.batch_norm)]
         metrics = ("loss", "error") if has_labels(a._evaluator) else ("loss",)
         notes: list[str] = []
         paths: dict[str, Section] = {}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpkit.errors import MeasureError, SettingsError
-from sharpkit.landscape.paths.statistics import Statistics, with_statistics
+from sharpkit.landscape.paths.statistics import Statistics, like_there, with_statistics
 from sharpkit.landscape.section import Section
 from sharpkit.objective import Objective
 from sharpkit.objective.groups import group_error
@@ -150,7 +150,7 @@ def barrier(
     test: Objective | Mapping[str, Objective] | None = None,
     definition: Definition = "linear",
     groups: int = 16,
-    statistics: Statistics = "refuse",
+    statistics: Statistics = "reestimate",
 ) -> Barrier:
     r"""Return how far the loss rises on a path above what its ends say.
 
@@ -178,7 +178,8 @@ def barrier(
         definition: See above.
         groups: Of the data, from whose differences the errors come; 4 at least.
         statistics: What becomes of running statistics between the ends; see
-            :func:`~sharpkit.landscape.paths.statistics.with_statistics`.
+            :func:`~sharpkit.landscape.paths.statistics.with_statistics`. Other data are measured
+            with those of the objective's.
 
     Returns:
         The barrier. Where a loss is not finite it is NaN, and a note says where.
@@ -223,8 +224,9 @@ def barrier(
         theta = path.point([at])
         if theta is None:
             raise MeasureError(f"Expected a path from t = 0 to 1. It has no point at t = {at:g}.")
+        first = with_statistics(objective.at(theta), statistics)
         for name, each in sets.items():
-            here = with_statistics(each.at(theta), statistics)
+            here = first if each is objective else like_there(each, first)
             for metric in wanted:
                 found.setdefault(name + metric, []).append(_parts(here, metric, groups))
     profiles = {name: _profile(name, grid, rows, definition) for name, rows in found.items()}

@@ -60,7 +60,7 @@ def connect(
     weight_decay: float = 0.0,
     decay: bool = True,
     keep_batches: bool = True,
-    statistics: Statistics = "refuse",
+    statistics: Statistics = "reestimate",
     seed: int = 0,
 ) -> Connection:
     r"""Return a curve between two minima along which the loss was made small.
