@@ -66,7 +66,8 @@ def with_statistics(objective: Objective, statistics: Statistics) -> Objective:
             f"Expected a network without running statistics on a path. {found[0]!r}"
             f"{f' and {len(found) - 1} more' if len(found) > 1 else ''} normalise by them, and"
             " those of an end are wrong everywhere else. Use statistics='reestimate', or fold"
-            " BatchNorms into the layers (canonicalize(..., fold_batch_norm=True)) and say statistics='keep'."
+            " BatchNorms into the layers (canonicalize(..., fold_batch_norm=True)) and say"
+            " statistics='keep'."
         )
     return objective
 
