@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_surface"]
 
-ZOOMS = (1.15, 1.1, 1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4)
+ZOOMS = (0.3, 1.15)
 
 
 def plot_surface(
@@ -137,15 +137,26 @@ def fit(axes: Axes3D, above: float, below: float, colorbar: bool) -> None:
     figure = axes.get_figure(root=True)
     assert isinstance(figure, Figure)
     cell = cell_of(axes)
-    for zoom in ZOOMS:
+    solid = [c for c in axes.collections if c.get_visible()]
+    for c in solid:
+        c.set_visible(False)  # it lies in the box, and takes time
+
+    def fits(zoom: float) -> bool:
         axes.set_box_aspect((1, 1, 0.75), zoom=zoom)
         figure.draw_without_rendering()
         boxes = [axis.get_tightbbox() for axis in (axes.xaxis, axes.yaxis, axes.zaxis)]
         box = Bbox.union([b for b in boxes if b]).transformed(Affine2D().scale(1 / figure.dpi))
         right = axes.get_window_extent().x1 / figure.dpi if colorbar else cell.x1
         across = cell.x0 < box.x0 and box.x1 < right
-        if across and cell.y0 + below < box.y0 and box.y1 < cell.y1 - above:
-            return
+        return bool(across and cell.y0 + below < box.y0 and box.y1 < cell.y1 - above)
+
+    low, high = ZOOMS
+    for _ in range(5):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    axes.set_box_aspect((1, 1, 0.75), zoom=low)
+    for c in solid:
+        c.set_visible(True)
 
 
 def _marks(axes: Axes3D, one: Slice, scale: Scale, label: str) -> None:
@@ -160,6 +171,8 @@ def _marks(axes: Axes3D, one: Slice, scale: Scale, label: str) -> None:
     room = 0.34 * cell_of(axes).width
     for write, text in zip((axes.set_xlabel, axes.set_ylabel), texts, strict=True):
         shown = wrapped(text, room, size)
+        if shown.count("\n") > 2:
+            shown = wrapped(text, 1.4 * room, size)
         write(shown, fontsize=size, labelpad=2 + 0.6 * size * shown.count("\n"))
     axes.set_zlabel(label, fontsize=size, labelpad=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
