@@ -109,7 +109,7 @@ def test_a_table_gives_the_numbers_back(tmp_path):
     s = holes()
     s = replace(s, errors={"loss": s.loss / 7}, rise_errors={"loss": s.loss / 11},
                 quadratic=np.cos(s.loss[0, 0] + np.arange(s.status.size).reshape(s.status.shape)))  # fmt: skip
-    frame = pd.read_csv(save_slice(s, tmp_path / "s.csv"))
+    frame = pd.read_csv(save_slice(s, tmp_path / "s.csv"), float_precision="round_trip")
     x, y = f"x [{FILTER}]", f"y [{FILTER}]"
     assert list(frame) == [x, y, "status", "loss", "loss error", "loss rise error", "quadratic model"]  # fmt: skip
     assert len(frame) == s.status.size
@@ -166,7 +166,7 @@ class Vtp:
             ends = [int(e) for e in arrays["offsets"]]
             assert len(ends) == int(piece.get(f"NumberOf{kind}"))
             assert (ends[-1] if ends else 0) == len(arrays["connectivity"])
-            starts = [0, *ends[:-1]]
+            starts = [0, *ends][:-1]
             self.cells[kind] = [
                 [int(v) for v in arrays["connectivity"][a:b]]
                 for a, b in zip(starts, ends, strict=True)
