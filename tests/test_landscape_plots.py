@@ -565,8 +565,7 @@ def long_labels(s):
     return replace(s, axes=axes, details={**s.details, "title": "runs/" + 12 * "long-name-"})
 
 
-@pytest.mark.parametrize("label", [False, True])
-@pytest.mark.parametrize("width", [3.3, 4.6])
+@pytest.mark.parametrize(("width", "label"), [(3.3, False), (3.3, True), (4.6, True)])
 def test_no_text_is_cut(width, label):
     change = long_labels if label else (lambda s: s)
     for draw, s, solid in (

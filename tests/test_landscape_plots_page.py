@@ -254,7 +254,7 @@ def test_lines_in_a_browser(flat, files):
 
 
 @needs_browser
-@pytest.mark.parametrize("kind", ["flat", "solid"])
+@pytest.mark.parametrize("kind", ["flat", pytest.param("solid", marks=pytest.mark.slow)])
 def test_hostile_names_are_shown_and_never_run(kind, files, request):
     browser = request.getfixturevalue(kind)
     opened(browser, files["hostile"])

@@ -137,9 +137,13 @@ def fit(axes: Axes3D, above: float, below: float, colorbar: bool) -> None:
     figure = axes.get_figure(root=True)
     assert isinstance(figure, Figure)
     cell = cell_of(axes)
-    solid = [c for c in axes.collections if c.get_visible()]
-    for c in solid:
-        c.set_visible(False)  # it lies in the box, and takes time
+    figure.draw_without_rendering()  # makes the layout, which then is kept
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        figure.set_layout_engine("none")
+    others = [a for a in (*figure.axes, *axes.collections) if a is not axes and a.get_visible()]
+    for artist in others:
+        artist.set_visible(False)  # they change nothing, and take time
 
     def fits(zoom: float) -> bool:
         axes.set_box_aspect((1, 1, 0.75), zoom=zoom)
@@ -154,9 +158,12 @@ def fit(axes: Axes3D, above: float, below: float, colorbar: bool) -> None:
     for _ in range(5):
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    axes.set_box_aspect((1, 1, 0.75), zoom=low)
-    for c in solid:
-        c.set_visible(True)
+    for artist in others:
+        artist.set_visible(True)
+    if engine is not None:
+        figure.set_layout_engine(engine)  # which moves the axes a little
+    while not fits(low) and low > ZOOMS[0]:
+        low *= 0.95
 
 
 def _marks(axes: Axes3D, one: Slice, scale: Scale, label: str) -> None:
