@@ -565,7 +565,9 @@ def long_labels(s):
     return replace(s, axes=axes, details={**s.details, "title": "runs/" + 12 * "long-name-"})
 
 
-@pytest.mark.parametrize(("width", "label"), [(3.3, False), (3.3, True), (4.6, True)])
+@pytest.mark.parametrize(
+    ("width", "label"), [(3.3, False), (3.3, True), pytest.param(4.6, True, marks=pytest.mark.slow)]
+)
 def test_no_text_is_cut(width, label):
     change = long_labels if label else (lambda s: s)
     for draw, s, solid in (
@@ -588,10 +590,13 @@ def test_no_text_is_cut(width, label):
         lambda: plots.plot_contour(holes(), caption=True),
         lambda: plots.plot_contour(saddle(), filled=False, caption=True),
         lambda: plots.plot_surface(holes(), log=True, caption=True),
-        lambda: plots.plot_surface(bowl(), colorbar=True),
+        pytest.param(lambda: plots.plot_surface(bowl(), colorbar=True), marks=pytest.mark.slow),
         lambda: plots.plot_slices([bowl(), holes(), path(), saddle()], caption=True)[0],
         lambda: plots.plot_slices([line(title="SGD"), line()], caption=True)[0],
-        lambda: plots.plot_slices([bowl(), holes()], kind="surface", caption=True)[0],
+        pytest.param(
+            lambda: plots.plot_slices([bowl(), holes()], kind="surface", caption=True)[0],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_whole_figures_hold_all_their_text(draw):
