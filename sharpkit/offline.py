@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ["digest", "embed", "visible"]
 
 _HTML = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&'\u2028\u2029"})
-_STEERING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_STEERING = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def embed(value: Any) -> str:
@@ -25,7 +25,7 @@ def embed(value: Any) -> str:
 
 
 def visible(text: str) -> str:
-    r"""Return a text in which what steers its direction, and halves of characters, are written out.
+    r"""Return a text in which what steers or breaks it, and half characters, are written out.
 
     Example:
         >>> print(visible("evil\u202etp.exe"))

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from slice_cases import Vector, digits_like, objectives, quadratic
+from section_cases import Vector, digits_like, objectives, quadratic
 from torch import nn
 
 from sharpkit import Objective

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from slice_cases import digits_like, objectives, plane, quadratic
+from section_cases import digits_like, objectives, plane, quadratic
 from torch import nn
 
 from sharpkit import Objective

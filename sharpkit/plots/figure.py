@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,14 @@ def width_of(text: str, size: float) -> float:
         text: As it is shown, without formulas.
         size: Of the font, in points.
     """
-    shown = text.replace(r"\$", "$")
-    found = text_to_path.get_text_width_height_descent(shown, FontProperties(size=size), False)
-    return float(found[0]) / 72
+    return sum(map(_letter, text.replace(r"\$", "$"))) * size / 72
+
+
+@lru_cache(maxsize=4096)
+def _letter(letter: str) -> float:
+    # Of a font of one point; pairs of letters stand nearer if anything.
+    found = text_to_path.get_text_width_height_descent(letter, FontProperties(size=100), False)
+    return float(found[0]) / 100
 
 
 def wrapped(text: str, width: float, size: float) -> str:

@@ -34,6 +34,8 @@ WORDS = {
     Status.SKIPPED: "not measured: all around is cut",
     Status.MISSING: "not measured yet",
 }
+# As the contours of the page show them; the others are dots.
+SYMBOLS = {Status.CUT: chr(0x25B2), Status.NOT_FINITE: chr(0xD7)}
 
 
 def interactive_page(
@@ -170,7 +172,11 @@ def _markers(s: Slice) -> list[dict[str, Any]]:
 
 def _gaps(s: Slice) -> str:
     words = region_words(s)
-    found = [f"{count} {words[kind]}" for kind in words if (count := int((s.status == kind).sum()))]
+    found = [
+        f"{count} {words[kind]} ({SYMBOLS.get(kind, chr(0x25CF))})"
+        for kind in words
+        if (count := int((s.status == kind).sum()))
+    ]
     return f"Gaps, in points of the grid: {'; '.join(found)}." if found else ""
 
 

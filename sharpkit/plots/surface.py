@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_surface"]
 
-ZOOMS = (1.15, 1.1, 1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4)
+ZOOMS = (0.3, 1.15)
 
 
 def plot_surface(
@@ -137,15 +137,33 @@ def fit(axes: Axes3D, above: float, below: float, colorbar: bool) -> None:
     figure = axes.get_figure(root=True)
     assert isinstance(figure, Figure)
     cell = cell_of(axes)
-    for zoom in ZOOMS:
+    figure.draw_without_rendering()  # makes the layout, which then is kept
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        figure.set_layout_engine("none")
+    others = [a for a in (*figure.axes, *axes.collections) if a is not axes and a.get_visible()]
+    for artist in others:
+        artist.set_visible(False)  # they change nothing, and take time
+
+    def fits(zoom: float) -> bool:
         axes.set_box_aspect((1, 1, 0.75), zoom=zoom)
         figure.draw_without_rendering()
         boxes = [axis.get_tightbbox() for axis in (axes.xaxis, axes.yaxis, axes.zaxis)]
         box = Bbox.union([b for b in boxes if b]).transformed(Affine2D().scale(1 / figure.dpi))
         right = axes.get_window_extent().x1 / figure.dpi if colorbar else cell.x1
         across = cell.x0 < box.x0 and box.x1 < right
-        if across and cell.y0 + below < box.y0 and box.y1 < cell.y1 - above:
-            return
+        return bool(across and cell.y0 + below < box.y0 and box.y1 < cell.y1 - above)
+
+    low, high = ZOOMS
+    for _ in range(5):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    for artist in others:
+        artist.set_visible(True)
+    if engine is not None:
+        figure.set_layout_engine(engine)  # which moves the axes a little
+    while not fits(low) and low > ZOOMS[0]:
+        low *= 0.95
 
 
 def _marks(axes: Axes3D, one: Slice, scale: Scale, label: str) -> None:
@@ -160,6 +178,8 @@ def _marks(axes: Axes3D, one: Slice, scale: Scale, label: str) -> None:
     room = 0.34 * cell_of(axes).width
     for write, text in zip((axes.set_xlabel, axes.set_ylabel), texts, strict=True):
         shown = wrapped(text, room, size)
+        if shown.count("\n") > 2:
+            shown = wrapped(text, 1.4 * room, size)
         write(shown, fontsize=size, labelpad=2 + 0.6 * size * shown.count("\n"))
     axes.set_zlabel(label, fontsize=size, labelpad=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))

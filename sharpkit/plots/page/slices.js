@@ -145,12 +145,12 @@ function surface(s, value, scale) {
   const ends = {cmin: scale.onto(scale.low), cmax: scale.onto(scale.high)};
   const trace = {type: 'surface', x: s.x, y: s.y, z, colorscale: 'Viridis', ...ends, colorbar: bar,
     connectgaps: false, text: texts(s, value), hoverinfo: 'text', lighting: {ambient: 0.75, diffuse: 0.5, specular: 0.05}};
-  layout.margin = {l: 0, r: 0, t: 10, b: 0};
+  layout.margin = {l: 0, r: 0, t: 36, b: 0};
   const bars = ticks(scale);
   layout.scene = {
     xaxis: axis(s.axes[0]), yaxis: axis(s.axes[1]),
     zaxis: axis(value.name, {range: [ends.cmin, ends.cmax], ...bars}),
-    aspectmode: 'manual', aspectratio: {x: 1, y: 1, z: 0.7}, camera: {eye: {x: 1.15, y: -1.15, z: 0.8}},
+    aspectmode: 'manual', aspectratio: {x: 1, y: 1, z: 0.7}, camera: {eye: {x: 1.4, y: -1.4, z: 0.95}, center: {x: 0, y: 0, z: -0.15}},
   };
   return [[trace, ...marks(s, scale, true)], layout];
 }
