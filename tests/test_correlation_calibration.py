@@ -71,6 +71,7 @@ CASES = [
     ("much noise", {"n": 100, "r": 0.5, "rel": 0.6, "dof": 10}),
     ("spearman", {"n": 30, "r": 0.5, "statistic": "spearman"}),
     ("pearson", {"n": 30, "r": 0.5, "statistic": "pearson"}),
+    ("pearson and noise", {"n": 100, "r": 0.9, "rel": 0.8, "dof": 10, "statistic": "pearson"}),
 ]
 SHORT = {"thirty", "seeds", "noise"}
 
@@ -108,6 +109,28 @@ def test_without_the_correction_noise_hides_the_truth():
             covered[k] += c.low <= truth <= c.high
     assert covered[0] >= 53
     assert covered[1] < 45
+
+
+@pytest.mark.parametrize(("n", "rel"), [(30, 0.6), (100, 0.8)])
+def test_a_strong_correlation_that_noise_hides_is_covered_by_pearsons_interval(n, rel):
+    # Corrected draws beyond 1: an interval that cuts them there leaves the truth below it.
+    covered = coverage(100, n, 0.9, "pearson", rel=rel, dof=10)
+    assert covered >= bands(100)[0]
+
+
+@pytest.mark.parametrize("rel", [1.0, 0.75])
+def test_pearsons_partial_interval_carries_the_noise(rel):
+    # x and y share z and have the correlation 0.9 given z; rel is that of x given z.
+    rng, covered, widths = np.random.default_rng(16), 0, []
+    for i in range(60):
+        x, y, e, _, _ = study(rng, 100, 0.9, rel=rel, dof=10)
+        z = rng.normal(size=(100, 1))
+        both = x + z[:, 0], y + z[:, 0]
+        c = carried_interval(*both, e, ["stderr"] * 100, covariates=z, statistic="pearson", seed=i)
+        covered += c.low <= 0.9 <= c.high
+        widths.append(c.high - c.low)
+    assert covered >= bands(60)[0]
+    assert np.median(widths) < 0.4
 
 
 def p_values(kind, trials, statistic="kendall", n=24):
