@@ -477,11 +477,12 @@ def _write_ahead(c: sqlite3.Connection) -> None:
     while True:
         try:
             c.execute("PRAGMA journal_mode = WAL")
-            return
         except sqlite3.OperationalError as error:
             if "locked" not in str(error) or time.monotonic() > ends:
                 raise
             time.sleep(0.02)
+        else:
+            return
 
 
 def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
