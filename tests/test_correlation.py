@@ -404,6 +404,18 @@ def test_a_measure_that_is_right_but_for_one_axis_fails_the_robust_test():
     assert sign_error(y, y, table).robust == 0.0
 
 
+def test_the_end_of_the_largest_of_many_errors_allows_for_their_number():
+    # Each environment's end at 0.05 / E: the largest of six noisy errors is too large.
+    rng = np.random.default_rng(12)
+    table = grid({"a": 2, "b": 2, "c": 2, "d": 2, "e": 2, "f": 2})
+    x, y = rng.normal(size=(2, 64))
+    s = sign_error(x, y, table)
+    lows, highs = [e.low for e in s.environments], [e.high for e in s.environments]
+    assert len(lows) == 6
+    assert s.low < max(lows) - 0.01
+    assert s.high > max(highs) + 0.01
+
+
 # -- multiple ------------------------------------------------------------------------------
 
 

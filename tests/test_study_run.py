@@ -23,6 +23,7 @@ from sharpkit.errors import RecipeError, SettingsError, StoreError, UnknownMeasu
 from sharpkit.scoring import parse_requests
 from sharpkit.study import engines, forecast, work
 from sharpkit.study import run as run_module
+from sharpkit.study.doctor import shown_duration
 from sharpkit.study.identity import Options, Subject
 from sharpkit.study.owner import Owner
 from sharpkit.study.recipe import load_recipe
@@ -477,6 +478,25 @@ def test_forecasts_come_from_the_study_where_it_can_tell(folder):
         assert forecast.forecast(store, files, recipe, FEW, Options(), 1) == ""
 
 
+def test_forecasts_are_for_the_options_and_workers_of_the_run(folder):
+    files, recipe = sorted(folder.glob("*.pt")), folder / "recipe.py"
+    score(folder, files=files[:1])
+    score(folder, files=files[:1], options=Options(seed=1))
+    with Store(folder / "study.db") as store:
+        with store._writing() as c:  # 300 s each checkpoint
+            c.execute("UPDATE score SET seconds = 100.0")
+        said = [
+            forecast.forecast(store, files, recipe, FEW, options, workers)
+            for options, workers in ((Options(), 1), (Options(), 2), (Options(seed=2), 1))
+        ]
+        other = forecast.forecast(store, files, recipe, FEW, Options(num_groups=0), 1)
+    one, two, three = (f"about {shown_duration(s)}" for s in (600, 300, 900))
+    assert said[0].startswith(f"forecast: {one} for 2 new (from 2 measured before)")
+    assert said[1].startswith(f"forecast: {two} for 2 new")
+    assert said[2].startswith(f"forecast: {three} for 3 new")
+    assert "3 new (one gradient of net" in other
+
+
 # -- the command -------------------------------------------------------------------------
 
 
@@ -494,6 +514,12 @@ def test_the_command_fills_a_study_and_exports_it(folder, capsys, monkeypatch):
     document = json.loads(capsys.readouterr().out)
     assert [c["checkpoint"] for c in document["checkpoints"]] == ["net0.pt", "net1.pt", "net2.pt"]
     assert document["checkpoints"][0]["scores"][0]["measure"] == "parameter_norm"
+    assert cli([*arguments, "--json", "--seed", "1"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert [c["seed"] for c in document["checkpoints"]] == [1, 1, 1]
+    os.unlink("study.db")
+    assert cli(arguments) == 1
+    capsys.readouterr()
     assert cli(["export", "study.db", "--wide"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("checkpoint,gap,spec.family,spec.width,error,parameter_norm,")
