@@ -331,6 +331,20 @@ def test_intervals_of_an_axis_are_agresti_and_coulls():
     assert all(math.isnan(e) for e in _interval(np.ones(4), np.full(4, 2)))
 
 
+def test_models_that_lack_a_hyperparameter_are_alike_in_it():
+    table = grid({"depth": 2, "lr": 3})
+    x = y = np.arange(6.0)
+    lost = table.assign(lr=[0.5, 1.0, None, 0.5, 1.0, None])
+    named = table.assign(lr=["a", "b", "c"] * 2)
+    got, want = granulated_tau(x, y, lost), granulated_tau(x, y, named)
+    assert got.axes[0] == want.axes[0]  # three fixings, one of them of those without
+    assert got.axes[1].levels == 3
+    got, want = sign_error(x, y, lost), sign_error(x, y, named)
+    assert (got.pairs, got.mean) == (want.pairs, want.mean) == (9, 0.0)
+    text = table.assign(lr=pd.Series(["a", "b", None] * 2, dtype="string"))
+    assert sign_error(x, y, text).pairs == 9
+
+
 # -- sign-error ----------------------------------------------------------------------------
 
 
@@ -360,9 +374,11 @@ def test_sign_errors_are_counted(kind, num_test):
     assert s.pairs == 2 * 3 * 3 * 4
     if num_test:
         assert 0 < s.zero_weight < s.pairs
-    if kind != "settings":
+    if kind == "axis":
         assert all(e.low <= e.error <= e.high for e in s.environments)
         assert s.low <= s.robust <= s.high
+    else:  # of two levels and three fixings, with seeds
+        assert math.isnan(s.low)
 
 
 def test_weights_are_hoeffdings():

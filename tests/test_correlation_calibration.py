@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from sharpkit.study.correlation import granulated_tau
+from sharpkit.study.correlation import granulated_tau, sign_error
 from sharpkit.study.correlation.carried import carried_interval
 from sharpkit.study.correlation.partial import conditional_p
 from sharpkit.study.correlation.ranks import from_normal
@@ -197,3 +197,35 @@ def test_intervals_of_granulated_tau_cover(r):
         for k, part in enumerate((g, *g.axes)):
             covered[k] += part.low <= truth <= part.high
     assert (covered >= bands(trials)[0]).all()
+
+
+def sign_coverage(levels, seeds, r, trials):
+    """Which share of environments' intervals, and of those of the largest, hold the truth."""
+    rng = np.random.default_rng(17)
+    rows = np.stack(np.meshgrid(*map(range, levels), indexing="ij"), axis=-1)
+    table = pd.DataFrame(rows.reshape(-1, len(levels)).repeat(seeds, axis=0))
+    truth = (1 - 2 / math.pi * math.asin(r)) / 2
+    covered, given = np.zeros(1 + len(levels)), np.zeros(1 + len(levels))
+    for i in range(trials):
+        x, y, *_ = study(rng, len(table), r, size=seeds)
+        s = sign_error(x, y, table, seed=i)
+        ends = [(s.low, s.high), *((e.low, e.high) for e in s.environments)]
+        covered += [low <= truth <= high for low, high in ends]
+        given += [not math.isnan(low) for low, _ in ends]
+    return covered, given
+
+
+@pytest.mark.parametrize("r", [0.0, 0.9])
+@pytest.mark.parametrize(("levels", "seeds"), [((2, 3, 4), 1), ((2, 8), 3), ((3, 2, 2), 3)])
+def test_intervals_of_sign_errors_cover(levels, seeds, r):
+    covered, given = sign_coverage(levels, seeds, r, 100)
+    assert (given == 100).all()
+    assert (covered >= bands(100)[0]).all()
+
+
+@pytest.mark.parametrize("levels", [(2, 2, 2), (2, 4), (3, 2)])
+def test_few_settings_of_several_seeds_give_no_interval_of_a_sign_error(levels):
+    # Four pairs of settings, resampled, do not reach as far as the truth may lie (82% to 90%).
+    _, given = sign_coverage(levels, 3, 0.9, 3)
+    assert given[0] == 0
+    assert given[-1] == (3 if levels == (2, 4) else 0)

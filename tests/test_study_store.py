@@ -384,8 +384,27 @@ def test_a_missing_study_and_a_missing_folder(tmp_path):
         Store(tmp_path / "none" / "study.db")
 
 
+@pytest.mark.parametrize(
+    ("sqlite", "words"),
+    [
+        ("database is locked", "Another process holds it"),
+        ("attempt to write a readonly database", "Change the permissions"),
+        ("unable to open database file", "Change the permissions"),
+        ("database or disk is full", "Make room and run the same command"),
+        ("disk I/O error", "Try again, or with a copy"),
+    ],
+)
+def test_what_sqlite_says_comes_with_what_to_do(path, sqlite, words):
+    text = str(store_module._store_error(path, sqlite3.OperationalError(sqlite)))
+    assert text.startswith("Expected ")
+    assert str(path) in text
+    assert words in text
+
+
 def test_an_empty_file_becomes_a_study(path):
     path.touch()
+    with pytest.raises(StoreError, match="is empty"):
+        Store(path, read_only=True)
     with Store(path) as store:
         assert store.owners() == []
 

@@ -123,12 +123,17 @@ class Store:
         self.path, self.read_only = Path(path), read_only
         new = not self.path.exists() or self.path.stat().st_size == 0
         if new and read_only:
+            if self.path.exists():
+                raise StoreError(
+                    f"Expected a study. {path} is empty. Name another, or score into it first."
+                )
             raise StoreError(f"Expected a study. There is no file {path}. Check the spelling.")
         if not new:
             _refuse_foreign(self.path)
         elif not self.path.parent.is_dir():
             raise StoreError(
                 f"Expected a folder to put the study in. {self.path.parent} does not exist."
+                " Make it, or name another."
             )
         self._lock = threading.RLock()
         try:
@@ -509,7 +514,10 @@ def _refuse_foreign(path: Path) -> None:
         with path.open("rb") as file:
             head = file.read(100)
     except OSError as error:
-        raise StoreError(f"Expected a study that can be read. {path}: {error.strerror}.") from error
+        raise StoreError(
+            f"Expected a study that can be read. {path}: {error.strerror}. Name another, or change"
+            " its permissions."
+        ) from error
     if not head.startswith(MAGIC):
         raise StoreError(
             f"Expected a study, which is an SQLite file. {path} is something else. Name another."
@@ -558,4 +566,17 @@ def _store_error(path: Path, error: sqlite3.Error) -> StoreError:
             f"Expected a sound study. {path} is damaged ({text}). Go back to a copy, or save what"
             f" is left with: sqlite3 {path} .recover"
         )
-    return StoreError(f"Expected to use the study {path}. SQLite says: {text}.")
+    if "readonly" in text or "unable to open" in text:
+        return StoreError(
+            f"Expected to write to {path} and its folder. SQLite says: {text}. Change the"
+            " permissions, or copy the study elsewhere."
+        )
+    if "full" in text:
+        return StoreError(
+            f"Expected room on the disk of {path}. SQLite says: {text}. Make room and run the same"
+            " command again: it goes on."
+        )
+    return StoreError(
+        f"Expected to use the study {path}. SQLite says: {text}. Try again, or with a copy on a"
+        " local disk."
+    )
