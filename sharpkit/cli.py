@@ -97,7 +97,9 @@ def score(
     recipe: RecipeOption,
     measure: Annotated[
         list[str] | None,
-        typer.Option("-m", "--measure", help="NAME or NAME:key=value,...; default all."),
+        typer.Option(
+            "-m", "--measure", help="NAME or NAME:key=value,...; default all but dear ones."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,

@@ -57,7 +57,8 @@ def correlate(
         typer.Option("--axes", help="Hyperparameters, with commas: granulated tau, sign-errors."),
     ] = None,
     partial: Annotated[
-        str | None, typer.Option("--partial", help="Entries or measures to hold fixed.")
+        str | None,
+        typer.Option("--partial", help="Entries or measures to hold fixed, with commas."),
     ] = None,
     correction: Annotated[
         str, typer.Option("--correction", help="Of p for several measures: holm, bh or none.")
@@ -180,7 +181,7 @@ def report_study(
     title: Annotated[str | None, typer.Option("--title", help="Of the page.")] = None,
     intervals: Annotated[
         bool,
-        typer.Option("--intervals", help="Of tau however long: by default up to a minute."),
+        typer.Option("--intervals", help="Intervals of tau, also if they take more than a minute."),
     ] = False,
 ) -> None:
     """Write a study as one page that needs no network: tables, figures, settings, origin."""

@@ -127,10 +127,14 @@ def _summary(path: Path, report: RunReport) -> str:
 
 
 def _print_json(out: Console, store: Store, report: RunReport) -> None:
-    wanted = {o.entry.path: o for o in report.outcomes}
+    asked = [o.entry for o in report.outcomes]
+    wanted = [(e.path, e.recipe, json.loads(e.options), e.seed) for e in asked]
     document = tables.documents(store)
     document["sharpkit"] = __version__
-    document["checkpoints"] = [c for c in document["checkpoints"] if c["checkpoint"] in wanted]
+    names = ("checkpoint", "recipe", "options", "seed")
+    document["checkpoints"] = [
+        c for c in document["checkpoints"] if tuple(c[n] for n in names) in wanted
+    ]
     out.file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 

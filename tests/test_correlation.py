@@ -1,5 +1,6 @@
 """Each statistic against counting, scipy and closed cases."""
 
+import importlib
 import itertools
 import math
 
@@ -35,7 +36,7 @@ from sharpkit.study.correlation.measurement import (
     reliability,
 )
 from sharpkit.study.correlation.partial import conditional_p
-from sharpkit.study.correlation.ranks import Sample, from_normal, to_normal
+from sharpkit.study.correlation.ranks import Sample, from_normal, texts, to_normal
 from sharpkit.study.correlation.resampling import (
     arrangements,
     draw_counts,
@@ -44,6 +45,8 @@ from sharpkit.study.correlation.resampling import (
     interval,
     permutation_p,
 )
+
+module = importlib.import_module("sharpkit.study.correlation.sign_error")  # not its function
 
 SCIPY = {
     "kendall": lambda x, y: scipy.stats.kendalltau(x, y).statistic,
@@ -331,6 +334,21 @@ def test_intervals_of_an_axis_are_agresti_and_coulls():
     assert all(math.isnan(e) for e in _interval(np.ones(4), np.full(4, 2)))
 
 
+def test_models_that_lack_a_hyperparameter_are_alike_in_it():
+    table = grid({"depth": 2, "lr": 3})
+    x = y = np.arange(6.0)
+    lost = table.assign(lr=[0.5, 1.0, None, 0.5, 1.0, None])
+    named = table.assign(lr=["a", "b", "c"] * 2)
+    got, want = granulated_tau(x, y, lost), granulated_tau(x, y, named)
+    assert got.axes[0] == want.axes[0]  # three fixings, one of them of those without
+    assert got.axes[1].levels == 3
+    got, want = sign_error(x, y, lost), sign_error(x, y, named)
+    assert (got.pairs, got.mean) == (want.pairs, want.mean) == (9, 0.0)
+    assert texts([None, math.nan, pd.NA, 1, "a"]) == ["missing"] * 3 + ["1", "a"]
+    text = table.assign(lr=pd.Series(["a", "b", None] * 2, dtype="string"))
+    assert sign_error(x, y, text).pairs == 9
+
+
 # -- sign-error ----------------------------------------------------------------------------
 
 
@@ -360,9 +378,11 @@ def test_sign_errors_are_counted(kind, num_test):
     assert s.pairs == 2 * 3 * 3 * 4
     if num_test:
         assert 0 < s.zero_weight < s.pairs
-    if kind != "settings":
+    if kind == "axis":
         assert all(e.low <= e.error <= e.high for e in s.environments)
         assert s.low <= s.robust <= s.high
+    else:  # of two levels and three fixings, with seeds
+        assert math.isnan(s.low)
 
 
 def test_weights_are_hoeffdings():
@@ -402,6 +422,33 @@ def test_a_measure_that_is_right_but_for_one_axis_fails_the_robust_test():
     assert 0.3 < s.low < 1
     assert s.high == 1.0
     assert sign_error(y, y, table).robust == 0.0
+
+
+def test_the_end_of_the_largest_of_many_errors_allows_for_their_number():
+    # Each environment's end at 0.05 / E: the largest of six noisy errors is too large.
+    rng = np.random.default_rng(12)
+    table = grid({"a": 2, "b": 2, "c": 2, "d": 2, "e": 2, "f": 2})
+    x, y = rng.normal(size=(2, 64))
+    s = sign_error(x, y, table)
+    lows, highs = [e.low for e in s.environments], [e.high for e in s.environments]
+    assert len(lows) == 6
+    assert s.low < max(lows) - 0.01
+    assert s.high > max(highs) + 0.01
+
+
+def test_few_settings_of_several_seeds_widen_the_interval_by_students_t(monkeypatch):
+    rng = np.random.default_rng(13)
+    table = grid({"a": 4, "b": 5}, 3)
+    x, y = rng.normal(size=(2, len(table)))
+    t = scipy.stats.norm.cdf(scipy.stats.t.ppf(0.025, 19))
+    assert module._wider(0.025, 19) == pytest.approx(t)
+    wide = sign_error(x, y, table)
+    once = sign_error(x[::3], y[::3], table[::3])
+    monkeypatch.setattr(module, "_wider", lambda tail, _: tail)
+    plain = sign_error(x, y, table)
+    for a, b in zip(wide.environments, plain.environments, strict=True):
+        assert a.low < b.low <= b.error <= b.high < a.high
+    assert sign_error(x[::3], y[::3], table[::3]) == once  # one seed: as it was
 
 
 # -- multiple ------------------------------------------------------------------------------

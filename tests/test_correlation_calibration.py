@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from sharpkit.study.correlation import granulated_tau
+from sharpkit.study.correlation import granulated_tau, sign_error
 from sharpkit.study.correlation.carried import carried_interval
 from sharpkit.study.correlation.partial import conditional_p
-from sharpkit.study.correlation.ranks import from_normal
-from sharpkit.study.correlation.resampling import draw_orders, permutation_p
+from sharpkit.study.correlation.ranks import Sample, from_normal
+from sharpkit.study.correlation.resampling import draw_counts, draw_orders, permutation_p
 
 
 def study(rng, n, r, *, size=1, groups=1, ties=False, rel=1.0, dof=0):
@@ -71,6 +71,7 @@ CASES = [
     ("much noise", {"n": 100, "r": 0.5, "rel": 0.6, "dof": 10}),
     ("spearman", {"n": 30, "r": 0.5, "statistic": "spearman"}),
     ("pearson", {"n": 30, "r": 0.5, "statistic": "pearson"}),
+    ("pearson and noise", {"n": 100, "r": 0.9, "rel": 0.8, "dof": 10, "statistic": "pearson"}),
 ]
 SHORT = {"thirty", "seeds", "noise"}
 
@@ -108,6 +109,42 @@ def test_without_the_correction_noise_hides_the_truth():
             covered[k] += c.low <= truth <= c.high
     assert covered[0] >= 53
     assert covered[1] < 45
+
+
+@pytest.mark.parametrize(("n", "rel"), [(30, 0.6), (100, 0.8)])
+def test_a_strong_correlation_that_noise_hides_is_covered_by_pearsons_interval(n, rel):
+    # Corrected draws beyond 1: an interval that cuts them there leaves the truth below it.
+    covered = coverage(100, n, 0.9, "pearson", rel=rel, dof=10)
+    assert covered >= bands(100)[0]
+
+
+@pytest.mark.parametrize("rel", [1.0, 0.75])
+def test_pearsons_partial_interval_carries_the_noise(rel):
+    # x and y share z and have the correlation 0.9 given z; rel is that of x given z.
+    rng, covered, widths = np.random.default_rng(16), 0, []
+    for i in range(60):
+        x, y, e, _, _ = study(rng, 100, 0.9, rel=rel, dof=10)
+        z = rng.normal(size=(100, 1))
+        both = x + z[:, 0], y + z[:, 0]
+        c = carried_interval(*both, e, ["stderr"] * 100, covariates=z, statistic="pearson", seed=i)
+        covered += c.low <= 0.9 <= c.high
+        widths.append(c.high - c.low)
+    assert covered >= bands(60)[0]
+    assert np.median(widths) < 0.4
+
+
+def test_pearsons_interval_carries_that_the_reliability_is_estimated():
+    # r* / sqrt(R*) of resamples written out; with one R for all they would spread by 4% more.
+    n = 120
+    x, y, e, _, _ = study(np.random.default_rng(18), n, 0.6, rel=0.7, dof=10)
+    c = carried_interval(x, y, e, ["stderr"] * n, statistic="pearson")
+    sample = Sample(np.stack([x, y], axis=1), np.zeros(n, int), np.arange(n), "pearson", e)
+    found = []
+    for row in draw_counts(sample, 0):
+        i = np.repeat(np.arange(n), row.astype(int))
+        share = 1 - np.mean(e[i] ** 2) / np.var(x[i], ddof=1)  # of the variance: no noise
+        found.append(np.corrcoef(x[i], y[i])[0, 1] / math.sqrt(share))
+    assert c.high - c.low == pytest.approx(3.96 * np.std(found), rel=0.02)
 
 
 def p_values(kind, trials, statistic="kendall", n=24):
@@ -174,3 +211,35 @@ def test_intervals_of_granulated_tau_cover(r):
         for k, part in enumerate((g, *g.axes)):
             covered[k] += part.low <= truth <= part.high
     assert (covered >= bands(trials)[0]).all()
+
+
+def sign_coverage(levels, seeds, r, trials):
+    """Which share of environments' intervals, and of those of the largest, hold the truth."""
+    rng = np.random.default_rng(17)
+    rows = np.stack(np.meshgrid(*map(range, levels), indexing="ij"), axis=-1)
+    table = pd.DataFrame(rows.reshape(-1, len(levels)).repeat(seeds, axis=0))
+    truth = (1 - 2 / math.pi * math.asin(r)) / 2
+    covered, given = np.zeros(1 + len(levels)), np.zeros(1 + len(levels))
+    for i in range(trials):
+        x, y, *_ = study(rng, len(table), r, size=seeds)
+        s = sign_error(x, y, table, seed=i)
+        ends = [(s.low, s.high), *((e.low, e.high) for e in s.environments)]
+        covered += [low <= truth <= high for low, high in ends]
+        given += [not math.isnan(low) for low, _ in ends]
+    return covered, given
+
+
+@pytest.mark.parametrize("r", [0.0, 0.9])
+@pytest.mark.parametrize(("levels", "seeds"), [((2, 3, 4), 1), ((2, 8), 3), ((3, 2, 2), 3)])
+def test_intervals_of_sign_errors_cover(levels, seeds, r):
+    covered, given = sign_coverage(levels, seeds, r, 100)
+    assert (given == 100).all()
+    assert (covered >= bands(100)[0]).all()
+
+
+@pytest.mark.parametrize("levels", [(2, 2, 2), (2, 4), (3, 2)])
+def test_few_settings_of_several_seeds_give_no_interval_of_a_sign_error(levels):
+    # Four pairs of settings, resampled, do not reach as far as the truth may lie (82% to 90%).
+    _, given = sign_coverage(levels, 3, 0.9, 3)
+    assert given[0] == 0
+    assert given[-1] == (3 if levels == (2, 4) else 0)

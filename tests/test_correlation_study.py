@@ -241,6 +241,37 @@ def test_copies_of_a_checkpoint_are_counted_once():
     assert (correlate_study(unknown, gap="gap").frame["n"] == 72).all()
 
 
+def test_what_granulated_tau_does_not_carry_is_said():
+    values, meta = zoo()
+    values["exact"] = values["good"] + 1
+    frame = long_table(values, meta, error_kind="stderr", probe_error=0.2)
+    frame.loc[frame["label"] == "exact", "probe_error"] = 0.0
+    text = [w for w in correlate_study(frame, gap="gap", axes=["depth"]).warnings if "carry" in w]
+    assert len(text) == 1
+    assert "good" in text[0]
+    assert "exact" not in text[0]
+    assert not any("carry" in w for w in correlate_study(frame, gap="gap").warnings)
+
+
+def test_models_without_a_group_or_an_axis_are_told():
+    values, meta = zoo()
+    meta["spec.lr"] = meta["spec.lr"].where(meta.index > 1)
+    meta["family"] = [None] + ["mlp"] * 35
+    s = correlate_study(long_table(values, meta), gap="gap", group="family", axes=["depth", "lr"])
+    assert "1 of 36 models have no `family`; they are taken as alike in it." in s.warnings
+    assert "2 of 36 models have no `lr`; they are taken as alike in it." in s.warnings
+    assert not any("no `depth`" in w for w in s.warnings)
+
+
+def test_measures_without_a_p_value_do_not_count_as_tried():
+    values, meta = zoo()
+    values["constant"] = np.ones(36)
+    s = correlate_study(long_table(values, meta), gap="gap")
+    assert "`p_adjusted` is for 3 measures, by Holm's correction." in s.warnings
+    smallest = s.frame.sort_values("p").iloc[0]
+    assert smallest.p_adjusted == pytest.approx(3 * smallest.p)
+
+
 def test_wrong_use_is_said():
     values, meta = zoo()
     frame = long_table(values, meta)

@@ -307,7 +307,7 @@ def test_what_is_not_known_has_its_own_look_and_a_name():
     names = {
         "not finite": Status.NOT_FINITE,
         "above loss_max = 5": Status.CUT,
-        "not measured: all around is cut": Status.SKIPPED,
+        "not measured: above it by its neighbours": Status.SKIPPED,
         "not measured yet": Status.MISSING,
     }
     assert set(regions) == set(names) <= set(texts(axes))

@@ -109,6 +109,22 @@ def test_layers_and_eigenvalues_are_told_apart(path):
     assert plain["layers"]["shown"][0] == format_value(0.1, 0.01)
 
 
+def test_a_file_under_two_recipes_has_the_gap_of_each(tmp_path):
+    with contextlib.closing(Store(tmp_path / "study.db")) as store:
+        for k, recipe in enumerate(("train.py", "test.py")):
+            add(store, "net.pt", k, recipe=recipe, code=recipe, metadata={"gap": 0.25 + k})
+        rows = (plain := Elements(page(collect(store))).data)["rows"]
+    seen = {
+        (plain["labels"][rows["label"][r]], plain["models"]["gap"][rows["model"][r]])
+        for r in range(len(rows["value"]))
+        if plain["labels"][rows["label"][r]].startswith("hessian_trace")
+    }
+    assert seen == {
+        ("hessian_trace(recipe=train.py)", 0.25),
+        ("hessian_trace(recipe=test.py)", 1.25),
+    }
+
+
 def test_orders_of_an_entropy_and_smoothed_losses_are_no_layers(tmp_path):
     with contextlib.closing(Store(tmp_path / "study.db")) as store:
         add(store, "net0.pt", 0)

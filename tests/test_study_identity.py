@@ -127,6 +127,34 @@ def test_metadata_can_be_corrected_and_nothing_else(recipe):
     assert source_hash(recipe) != before
 
 
+def test_metadata_that_builds_the_network_count(recipe):
+    text = recipe.read_text().replace("return nets", "return nets, metadata(None)['gap']")
+    recipe.write_text(text)
+    before = source_hash(recipe)
+    recipe.write_text(text.replace("'gap': 1", "'gap': 2"))
+    assert source_hash(recipe) != before
+
+
+def test_what_stands_before_and_inside_metadata_is_told_apart(recipe):
+    # Form feeds and other breaks that are no ends of lines for the parser.
+    text = "\f\nx = '\u2028\x1c'\n\f\nwidth = 3\n" + recipe.read_text()
+    recipe.write_text(text)
+    before = source_hash(recipe)
+    recipe.write_text(text.replace("'gap': 1", "'gap': 2"))
+    assert source_hash(recipe) == before
+    for old in ("width = 3", "last = 1", "return nets"):
+        recipe.write_text(text.replace(old, old + "0"))
+        assert source_hash(recipe) != before
+
+
+def test_only_the_recipe_s_own_metadata_is_left_out(recipe):
+    text = recipe.read_text() + "\nclass Net:\n    def metadata(self):\n        return 1\n"
+    recipe.write_text(text)
+    before = source_hash(recipe)
+    recipe.write_text(text.replace("return 1\n", "return 2\n"))
+    assert source_hash(recipe) != before
+
+
 def test_a_recipe_that_moved_is_the_same(recipe, tmp_path):
     before = source_hash(recipe)
     recipe.rename(recipe.with_name("other.py"))

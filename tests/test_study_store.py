@@ -7,12 +7,14 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 
 from sharpkit.errors import StoreError
 from sharpkit.results import Cost, Estimate, Part, Score
+from sharpkit.study import owner as owner_module
 from sharpkit.study import store as store_module
 from sharpkit.study.identity import Subject
 from sharpkit.study.owner import LEASE, Owner
@@ -159,6 +161,89 @@ def test_deaths_at_a_measure_are_counted_only_when_it_was_alone(store):
     assert begin(store, me, retry=True).fatal == set()
 
 
+def test_workers_elsewhere_that_give_signs_of_life_are_not_dead(store):
+    far = replace(Owner.here(), host="another machine")
+    lost = replace(far, token="lost")
+    for seed, owner in enumerate((far, lost, GONE, Owner.here())):
+        begin(store, owner, entry=replace(ENTRY, seed=seed))
+    with store._writing() as c:
+        c.execute("UPDATE claim SET beat = ? WHERE owner = ?", (time.time() - LEASE - 1, lost.text))
+    assert set(store.dead()) == {lost.text, GONE.text}
+
+
+def test_signs_of_life_are_written_of_the_owner_alone(store):
+    me, other = Owner.here(), replace(Owner.here(), token="another")
+    for seed, owner in enumerate((me, other)):
+        begin(store, owner, entry=replace(ENTRY, seed=seed))
+    with store._writing() as c:
+        c.execute("UPDATE claim SET beat = 0.0")
+    before = time.time()
+    store.beat(me)
+    ((mine,), (others,)) = store.query("SELECT beat FROM claim ORDER BY seed")
+    assert mine >= before
+    assert others == 0.0
+
+
+def test_an_owner_that_left_holds_nothing_though_its_process_lives(store):
+    me = Owner.here()
+    assert begin(store, me).mine
+    assert not begin(store, Owner.here()).mine
+    me.leave()
+    assert begin(store, Owner.here()).mine
+
+
+def test_a_claim_is_given_back_by_its_owner_alone(store):
+    first, second = Owner.here(), replace(Owner.here(), token="another")
+    begin(store, first)
+    store.finish(ENTRY, SUBJECT.key, second)
+    store.fail(ENTRY, "[]", "It failed.", claim=(SUBJECT.key, second))
+    assert store.owners() == [first.text]
+
+
+def test_containers_of_one_name_are_told_apart(monkeypatch):
+    here = Owner.here()
+    monkeypatch.setattr(owner_module.os, "readlink", lambda _: "pid:[1]")
+    assert Owner.here().host != here.host
+    assert not here.is_alive(0.0)  # elsewhere: numbers of processes say nothing
+
+
+def test_between_measures_the_disk_is_spared_and_merging_is_not(store, monkeypatch):
+    # In write-ahead mode NORMAL leaves out the wait at a commit but not that before a merge:
+    # with OFF a power cut could damage scores that were on the disk.
+    begin(store, Owner.here())
+    seen, usual = [], Store._writing
+
+    @contextmanager
+    def watched(self, exclusive=False):
+        seen.append(self.query("PRAGMA synchronous")[0][0])
+        with usual(self, exclusive) as c:
+            yield c
+
+    monkeypatch.setattr(Store, "_writing", watched)
+    store.start(SUBJECT.key, 0, "log_det", "{}")
+    store.record(SUBJECT.key, a_score())
+    assert seen == [1, 2]
+    assert store.query("PRAGMA journal_mode") == [("wal",)]
+
+
+def test_columns_hold_what_the_documents_hold(store):
+    score = a_score(dof=3.0, converged=False)
+    store.record(SUBJECT.key, score)
+    e, names = score.estimate, "value, probe_error, error_kind, data_error, dof, converged"
+    expected = (e.value, e.probe_error, e.error_kind, e.data_error, e.dof, 0, 3, 1, 0, 0.5)
+    assert store.query(f"SELECT {names}, hvps, gradients, forwards, seconds FROM score") == [
+        expected
+    ]
+
+
+def test_retry_forgets_failures_of_its_seed_alone(store):
+    me = Owner.here()
+    for seed in (0, 1):
+        store.record(SUBJECT.key, Score("log_det", None, {}, seed, {}, "It failed."))
+    assert begin(store, me, retry=True).done == set()
+    assert begin(store, me, entry=replace(ENTRY, seed=1)).failed == {("log_det", "{}")}
+
+
 def test_retry_forgets_failures_only(store):
     me = Owner.here()
     begin(store, me)
@@ -212,13 +297,15 @@ def test_damaged_files_are_refused_untouched(path, read_only):
     refused(path, "damaged", read_only=read_only)
 
 
-def test_a_newer_format_is_refused(path):
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_newer_format_is_refused_untouched(path, read_only, mode):
     Store(path).close()
     with sqlite3.connect(path) as c:
         c.execute(f"PRAGMA user_version = {store_module.SCHEMA_VERSION + 1}")
+    c.execute(f"PRAGMA journal_mode = {mode}")
     c.close()
-    with pytest.raises(StoreError, match="newer sharpkit"):
-        Store(path)
+    refused(path, "newer sharpkit", read_only=read_only)
 
 
 def test_an_older_format_is_migrated_with_a_copy_kept(path, monkeypatch):
@@ -242,6 +329,66 @@ def test_an_older_format_is_migrated_with_a_copy_kept(path, monkeypatch):
     c.close()
 
 
+def test_the_copy_of_an_older_format_is_kept_whoever_comes_second(path, monkeypatch):
+    with Store(path) as store:
+        store.record(SUBJECT.key, a_score())
+    now = store_module.SCHEMA_VERSION
+    monkeypatch.setattr(store_module, "SCHEMA_VERSION", now + 1)
+    change = "ALTER TABLE score ADD COLUMN extra TEXT DEFAULT 'new'"
+    monkeypatch.setitem(store_module.MIGRATIONS, now, lambda c: c.execute(change))
+    usual = Store._migrate
+
+    def overtaken(self, version):  # another process migrates between the look and the work
+        monkeypatch.setattr(Store, "_migrate", usual)
+        Store(path).close()
+        usual(self, version)
+
+    monkeypatch.setattr(Store, "_migrate", overtaken)
+    with Store(path) as store:
+        assert store.query("SELECT value, extra FROM score") == [(1.0, "new")]
+    with sqlite3.connect(path.with_name(f"study.db.v{now}")) as c:
+        assert c.execute("PRAGMA user_version").fetchone() == (now,)
+    c.close()
+    assert sorted(os.listdir(path.parent)) == ["study.db", f"study.db.v{now}"]
+
+
+def test_a_migration_that_fails_leaves_the_study_as_it_was(path, monkeypatch):
+    with Store(path) as store:
+        store.record(SUBJECT.key, a_score())
+    now = store_module.SCHEMA_VERSION
+    with monkeypatch.context() as patched:
+        patched.setattr(store_module, "SCHEMA_VERSION", now + 1)
+
+        def broken(c):
+            c.execute("DELETE FROM score")
+            raise ZeroDivisionError
+
+        patched.setitem(store_module.MIGRATIONS, now, broken)
+        with pytest.raises(ZeroDivisionError):
+            Store(path)
+    with Store(path) as store:
+        assert store.query("SELECT value FROM score") == [(1.0,)]
+
+
+def test_a_study_that_another_process_makes_at_the_same_time_is_waited_for(monkeypatch):
+    # SQLite refuses to change the mode at once, without the wait that it grants elsewhere.
+    class Held:
+        def __init__(self, times):
+            self.times = times
+
+        def execute(self, sql):
+            self.times -= 1
+            if self.times >= 0:
+                raise sqlite3.OperationalError("database is locked")
+
+    connection = Held(3)
+    store_module._write_ahead(connection)
+    assert connection.times == -1
+    monkeypatch.setattr(store_module, "BUSY", 0.1)
+    with pytest.raises(sqlite3.OperationalError):
+        store_module._write_ahead(Held(10**6))
+
+
 def test_a_missing_study_and_a_missing_folder(tmp_path):
     with pytest.raises(StoreError, match="no file"):
         Store(tmp_path / "none.db", read_only=True)
@@ -249,8 +396,27 @@ def test_a_missing_study_and_a_missing_folder(tmp_path):
         Store(tmp_path / "none" / "study.db")
 
 
+@pytest.mark.parametrize(
+    ("sqlite", "words"),
+    [
+        ("database is locked", "Another process holds it"),
+        ("attempt to write a readonly database", "Change the permissions"),
+        ("unable to open database file", "Change the permissions"),
+        ("database or disk is full", "Make room and run the same command"),
+        ("disk I/O error", "Try again, or with a copy"),
+    ],
+)
+def test_what_sqlite_says_comes_with_what_to_do(path, sqlite, words):
+    text = str(store_module._store_error(path, sqlite3.OperationalError(sqlite)))
+    assert text.startswith("Expected ")
+    assert str(path) in text
+    assert words in text
+
+
 def test_an_empty_file_becomes_a_study(path):
     path.touch()
+    with pytest.raises(StoreError, match="is empty"):
+        Store(path, read_only=True)
     with Store(path) as store:
         assert store.owners() == []
 

@@ -80,7 +80,36 @@ def test_the_wide_table_has_one_row_a_checkpoint(store):
     assert table.loc["zoo/a.pt", "hessian_trace"] == 1.0
     assert table.loc["zoo/a.pt", "hessian_trace.error"] == 0.1
     assert table.loc["zoo/bad.pt", "error"] == "Expected weights."
+    assert list(table["hessian_trace.converged"][:2]) == [False, True]
     assert "hessian_trace.error" not in tables.wide_table(store, errors=False)
+
+
+def test_metadata_with_the_name_of_another_column_are_kept(store, tmp_path):
+    fill(store)
+    entry = Entry("zoo/a.pt", "recipe.py", Options().text(), 0)
+    subject = Subject("w0", "recipe.py", "d", "", Options().text())
+    given = {"error": 0.12, "checkpoint": "last", "hessian_trace": 3, "gap": 0.5}
+    store.begin(entry, subject, "[]", Owner.here(), metadata=given)
+    table = tables.wide_table(store).set_index("checkpoint").loc["zoo/a.pt"]
+    assert table["meta.error"] == 0.12
+    assert table["error"] is None
+    assert table["meta.checkpoint"] == "last"
+    assert (table["meta.hessian_trace"], table["hessian_trace"]) == (3, 1.0)
+    assert table["gap"] == 0.5
+    pytest.importorskip("pyarrow", reason="Parquet is an extra")
+    found = pd.read_parquet(tables.export(store, tmp_path / "t.parquet", wide=True))
+    assert found["meta.error"].dropna().tolist() == [0.12]
+
+
+def test_scores_belong_to_the_seed_of_the_entry(store):
+    fill(store)
+    fill(store, seed=1)
+    table = tables.scores_table(store, measure="hessian_trace")
+    assert len(table) == 4
+    assert set(table["label"]) == {"hessian_trace(seed=0)", "hessian_trace(seed=1)"}
+    assert sorted(tables.entries_table(store)["scores"]) == [2] * 4
+    for held in tables.documents(store)["checkpoints"]:
+        assert [s["seed"] for s in held["scores"]] == [held["seed"]] * 2
 
 
 def test_entries_count_scores_and_failures(store):
@@ -129,6 +158,10 @@ def test_exports_say_what_they_need(store, tmp_path):
         tables.export(store, tmp_path / "study.xls")
     with pytest.raises(StoreError, match="folder"):
         tables.export(store, tmp_path / "none" / "study.csv")
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(StoreError, match="Name another file"):
+        tables.export(store, tmp_path / "folder.csv")
+    assert sorted(p.name for p in tmp_path.glob("*.csv")) == ["folder.csv"]
 
 
 def test_an_empty_study_has_empty_tables(store):

@@ -38,7 +38,7 @@ COUNTED = (
     (Status.MEASURED, "measured"),
     (Status.INTERPOLATED, "interpolated"),
     (Status.CUT, "cut"),
-    (Status.SKIPPED, "not measured, all neighbours being cut"),
+    (Status.SKIPPED, "not measured, above it by their neighbours"),
     (Status.NOT_FINITE, "not finite"),
     (Status.OUTSIDE, "outside the section"),
     (Status.MISSING, "not measured yet"),
@@ -111,7 +111,7 @@ def _sentences(s: Slice) -> list[str]:
     if made:
         found.append(f"Made with {', '.join(made)}.")
     if d.get("data_fingerprint"):
-        found.append(f"Data {_clean(d['data_fingerprint'])}.")
+        found.append(f"Data {_short(d['data_fingerprint'])}.")
     if d.get("command"):
         command = d["command"]
         words = command if isinstance(command, str) else " ".join(map(str, command))
@@ -206,7 +206,20 @@ def _counts(value: Any) -> str:
 
 
 def _number(value: Any) -> str:
+    if isinstance(value, Mapping):  # one for each value
+        known = {n: v for n, v in value.items() if v is not None}
+        return ", ".join(
+            f"{_number(v)} ({_clean(' '.join(n.rsplit('/', 1)))})" for n, v in known.items()
+        )
     return f"{value:.4g}" if isinstance(value, (int, float, np.number)) else _clean(value)
+
+
+def _short(fingerprint: Any) -> str:
+    # As much of a hash as tells data apart; the saved slice has all of it.
+    if isinstance(fingerprint, Mapping):
+        parts = [f"{_clean(n)} {_short(v)}" for n, v in fingerprint.items()]
+        return ", ".join(parts) if len(parts) > 1 else _short(next(iter(fingerprint.values())))
+    return _clean(fingerprint)[:8]
 
 
 def _clean(value: object) -> str:

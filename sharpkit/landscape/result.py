@@ -30,7 +30,7 @@ class Status(IntEnum):
     CUT = 2  # the loss is above loss_max, and was not summed to the end; values are NaN
     NOT_FINITE = 3  # measured: infinite or NaN; values are NaN
     OUTSIDE = 4  # the section has no such point, such as beyond the end of a geodesic
-    SKIPPED = 5  # not measured, as all neighbours are cut; values are NaN
+    SKIPPED = 5  # not measured: above loss_max by its neighbours; values are NaN
     MISSING = 6  # not measured yet: the run was stopped
 
 

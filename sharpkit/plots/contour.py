@@ -38,14 +38,14 @@ __all__ = ["plot_contour"]
 REGIONS: dict[Status, dict[str, Any]] = {
     Status.NOT_FINITE: {"facecolor": "white", "edgecolor": "0.35", "hatch": "xxxx"},
     Status.CUT: {"facecolor": "0.72", "edgecolor": "0.72"},
-    Status.SKIPPED: {"facecolor": "0.86", "edgecolor": "0.86"},
+    Status.SKIPPED: {"facecolor": "0.76", "edgecolor": "0.76"},
     Status.OUTSIDE: {"facecolor": "white", "edgecolor": "0.8", "hatch": "////"},
     Status.MISSING: {"facecolor": "white", "edgecolor": "0.8", "hatch": "...."},
 }
 WORDS = {
     Status.NOT_FINITE: "not finite",
     Status.CUT: "cut",
-    Status.SKIPPED: "not measured: all around is cut",
+    Status.SKIPPED: "not measured: above it by its neighbours",
     Status.OUTSIDE: "outside the section",
     Status.MISSING: "not measured yet",
 }

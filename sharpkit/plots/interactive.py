@@ -31,7 +31,7 @@ WORDS = {
     Status.CUT: "above loss_max",
     Status.NOT_FINITE: "not finite",
     Status.OUTSIDE: "outside the section",
-    Status.SKIPPED: "not measured: all around is cut",
+    Status.SKIPPED: "not measured: above it by its neighbours",
     Status.MISSING: "not measured yet",
 }
 # As the contours of the page show them; the others are dots.

@@ -30,8 +30,11 @@ def local(store: Store, workers: int) -> Engine:
 
         def alone(tasks: Sequence[Task]) -> Iterator[Outcome]:
             owner = Owner.here()
-            for task in tasks:
-                yield work(task, store, owner)
+            try:
+                for task in tasks:
+                    yield work(task, store, owner)
+            finally:
+                owner.leave()
 
         return alone
 
@@ -49,11 +52,12 @@ def local(store: Store, workers: int) -> Engine:
                         yield outcome
                 except _lost():
                     # A worker was killed, and the pool with it.
-                    dead = [t for t in store.owners() if not Owner.read(t).is_alive(0.0)]
-                    at_measure = store.bury(dead, count=suspect is not None)
+                    at_measure = store.bury(store.dead(), count=suspect is not None)
                     if suspect is None:
                         alone = list(waiting)[: 2 * workers]
                         continue
+                    if at_measure:  # what had failed before was forgotten; deaths are not
+                        waiting[suspect] = replace(waiting[suspect], retry=False)
                     deaths[suspect] += not at_measure
                     if deaths[suspect] >= FATAL:
                         yield gone(store, waiting.pop(suspect))
@@ -100,8 +104,12 @@ def _in_process(task: Task, path: Path, slots: str) -> Outcome:
         if count > 1:
             device = f"cuda:{take_slot(slots) % count}"
             task = replace(task, options=replace(task.options, device=device))
-    with Store(path, check=False) as store:
-        return work(task, store, Owner.here())
+    owner = Owner.here()
+    try:
+        with Store(path, check=False) as store:
+            return work(task, store, owner)
+    finally:
+        owner.leave()
 
 
 def take_slot(folder: str) -> int:

@@ -39,19 +39,25 @@ def forecast(
 ) -> str:
     """Return a sentence on time and memory; empty if all checkpoints were measured already.
 
-    Checkpoints of which nothing is in the study are counted. The time of one is what one took
+    Checkpoints of which the study holds no score with these options are counted. The time of one
+    is what one took
     on average that the study holds with as many measures; without such, the largest file is
     loaded and its gradient and product timed, and all measures are taken to cost what they
     cost on small networks. It is a forecast for planning, not a promise.
     """
-    known = {row[0] for row in store.query("SELECT DISTINCT path FROM entry WHERE error IS NULL")}
+    found = store.query(
+        "SELECT DISTINCT e.path FROM entry e JOIN score s ON s.subject = e.subject AND"
+        " s.seed = e.seed WHERE e.error IS NULL AND e.options = ? AND e.seed = ?",
+        (options.text(), options.seed),
+    )
+    known = {row[0] for row in found}
     new = [f for f in files if store.relative(f) not in known]
     if not new:
         return ""
     requests = parse_requests(names)
     rows = store.query(
         "SELECT sum(s.seconds) FROM entry e JOIN score s ON s.subject = e.subject AND"
-        " s.seed = e.seed WHERE e.asked = ? AND e.options = ? GROUP BY e.path",
+        " s.seed = e.seed WHERE e.asked = ? AND e.options = ? GROUP BY e.path, e.recipe, e.seed",
         (requests.text, options.text()),
     )
     spent = [float(row[0]) for row in rows if row[0]]

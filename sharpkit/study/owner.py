@@ -15,6 +15,8 @@ __all__ = ["BEAT", "LEASE", "Owner"]
 BEAT = 20.0  # seconds between two signs of life
 LEASE = 180.0  # seconds without one after which a worker on another machine counts as lost
 
+_left: set[str] = set()  # tokens of owners of this process that no longer work
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -47,8 +49,12 @@ class Owner:
         """The owner as text."""
         return json.dumps([self.host, self.pid, self.started, self.token])
 
+    def leave(self) -> None:
+        """Work no longer, though the process goes on: claims that are left can be taken over."""
+        _left.add(self.token)
+
     def is_alive(self, beat: float) -> bool:
-        """Return whether the process is still there.
+        """Return whether the process is still there, and has not left.
 
         On this machine the system is asked; elsewhere, and on Windows, the last sign of life
         decides.
@@ -58,6 +64,8 @@ class Owner:
         """
         if self.host != _host() or os.name != "posix":
             return time.time() - beat < LEASE
+        if self.pid == os.getpid() and self.token in _left:
+            return False
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:

@@ -165,7 +165,9 @@ def _dealt(
         except SharpkitError:
             raise
         except ray.exceptions.RayError:  # the worker or its machine is gone
-            if not store.bury([owner.text], count=True):
+            if store.bury([owner.text], count=True):
+                task = replace(task, retry=False)  # deaths are not to be forgotten
+            else:
                 lost[task.entry] += 1
             if lost[task.entry] >= FATAL:
                 yield gone(store, task)

@@ -18,10 +18,14 @@ need them;
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import inspect
 import json
+import os
 import runpy
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +38,15 @@ from sharpkit.errors import RecipeError, SharpkitError
 from sharpkit.objective import Objective
 from sharpkit.parameters import Selection
 from sharpkit.study.checkpoints import load_checkpoint
+from sharpkit.study.source import source_files
 from sharpkit.team import Group, Share
 
 __all__ = ["Recipe", "load_recipe"]
 
 BESIDE = ("initial", "optimizer")  # what a recipe may give beside the objective
+
+_STARTED = time.time()
+_known: dict[str, str] = {}  # hashes of neighbours, as they were when a recipe was loaded last
 
 
 @dataclass
@@ -196,6 +204,7 @@ def load_recipe(path: str | Path) -> Recipe:
         what = "a directory" if path.is_dir() else "no such file"
         raise RecipeError(f"Expected a Python recipe file. {path} is {what}.")
     folder = str(path.resolve().parent)
+    _forget_changed(path)
     sys.path.insert(0, folder)  # a recipe may import its neighbours, as a script does
     try:
         names = runpy.run_path(str(path))
@@ -228,6 +237,35 @@ def load_recipe(path: str | Path) -> Recipe:
         if name in names:
             _require_callable(path, names, name)
     return Recipe(path, names)
+
+
+def _forget_changed(path: Path) -> None:
+    # Neighbours whose files were changed since they were imported: a notebook, and a worker
+    # that is used again, would measure with the old code what is filed under the new.
+    files = {str(file): file for file in source_files(path)[1:]}
+    texts = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+    held: dict[str, str] = {}  # file by module
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__dict__", {}).get("__file__")
+        if name != "__main__" and isinstance(file, str) and os.path.realpath(file) in files:
+            held[name] = os.path.realpath(file)
+    changed = [
+        file
+        for file in held.values()
+        if (_known[file] != texts[file] if file in _known else _is_younger(file))
+    ]
+    _known.update(texts)
+    for name in held if changed else ():  # all: they may hold parts of each other
+        del sys.modules[name]
+        above, _, last = name.rpartition(".")
+        if hasattr(sys.modules.get(above), last):
+            delattr(sys.modules[above], last)
+    if changed:
+        importlib.invalidate_caches()
+
+
+def _is_younger(file: str) -> bool:
+    return os.stat(file).st_mtime > _STARTED
 
 
 def _require_callable(path: Path, names: Mapping[str, Any], name: str) -> None:

@@ -184,14 +184,14 @@ def _every(store: Store, tasks: Sequence[Task], run: Engine) -> Iterator[Outcome
     waiting = list(tasks)
     while waiting:
         by_entry = {t.entry: t for t in waiting}
-        busy: dict[str, Task] = {}
+        busy: list[tuple[str, Task]] = []  # two files may hold one subject
         for outcome in run(waiting):
             if outcome.busy:
-                busy[outcome.subject] = by_entry[outcome.entry]
+                busy.append((outcome.subject, by_entry[outcome.entry]))
             else:
                 yield outcome
-        waiting = list(busy.values())
-        while waiting and _all_held(store, list(busy)):
+        waiting = [task for _, task in busy]
+        while waiting and _all_held(store, [key for key, _ in busy]):
             time.sleep(POLL)
 
 

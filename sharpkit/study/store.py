@@ -94,12 +94,14 @@ class Begun:
     Attributes:
         mine: Whether the claim was given; otherwise another process holds it.
         done: Measures and settings (as text) that need not be measured again.
+        failed: Those of them that failed.
         chosen: What was asked for, resolved earlier; None if it was not.
         fatal: Measures and settings during which workers died again and again.
     """
 
     mine: bool
     done: frozenset[tuple[str, str]] = frozenset()
+    failed: frozenset[tuple[str, str]] = frozenset()
     chosen: tuple[Request, ...] | None = None
     fatal: frozenset[tuple[str, str]] = frozenset()
 
@@ -121,19 +123,28 @@ class Store:
         self.path, self.read_only = Path(path), read_only
         new = not self.path.exists() or self.path.stat().st_size == 0
         if new and read_only:
+            if self.path.exists():
+                raise StoreError(
+                    f"Expected a study. {path} is empty. Name another, or score into it first."
+                )
             raise StoreError(f"Expected a study. There is no file {path}. Check the spelling.")
         if not new:
             _refuse_foreign(self.path)
         elif not self.path.parent.is_dir():
             raise StoreError(
                 f"Expected a folder to put the study in. {self.path.parent} does not exist."
+                " Make it, or name another."
             )
         self._lock = threading.RLock()
         try:
             if not new and check:
                 _refuse_damaged(self.path)
             self._connection = _connect(self.path, read_only)
-            self._prepare(new)
+            try:
+                self._prepare(new)
+            except BaseException:
+                self._connection.close()
+                raise
         except sqlite3.Error as error:
             raise _store_error(self.path, error) from error
 
@@ -146,14 +157,10 @@ class Store:
                         c.execute(statement)
                     c.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                     c.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        if not self.read_only:
-            c.execute("PRAGMA journal_mode = WAL")
         version = _pragma(c, "user_version")
-        if version > SCHEMA_VERSION:
-            raise StoreError(
-                f"Expected a study of format {SCHEMA_VERSION} or older. {self.path} has format"
-                f" {version}. Use a newer sharpkit."
-            )
+        _refuse_newer(self.path, version)
+        if not self.read_only:
+            _write_ahead(c)
         if version < SCHEMA_VERSION:
             self._migrate(version)
 
@@ -163,15 +170,26 @@ class Store:
             self._connection.backup(memory)
             self._connection.close()
             self._connection = memory
-        else:
-            keep = self.path.with_name(f"{self.path.name}.v{version}")
-            with sqlite3.connect(keep) as copy:
-                self._connection.backup(copy)
-            copy.close()
         with self._writing(exclusive=True):
-            for step in range(_pragma(self._connection, "user_version"), SCHEMA_VERSION):
+            version = _pragma(self._connection, "user_version")  # another process may have done it
+            if version < SCHEMA_VERSION and not self.read_only:
+                self._keep_copy(version)
+            for step in range(version, SCHEMA_VERSION):
                 MIGRATIONS[step](self._connection)
                 self._connection.execute(f"PRAGMA user_version = {step + 1}")
+
+    def _keep_copy(self, version: int) -> None:
+        # Of what is committed, while nobody else can write; under its name when complete.
+        part = self.path.with_name(f"{self.path.name}.part")
+        part.unlink(missing_ok=True)
+        whole = _connect(self.path, read_only=True)
+        copy = sqlite3.connect(part)
+        try:
+            whole.backup(copy)
+        finally:
+            copy.close()
+            whole.close()
+        os.replace(part, self.path.with_name(f"{self.path.name}.v{version}"))
 
     def close(self) -> None:
         """Close the file."""
@@ -262,7 +280,7 @@ class Store:
                 )
                 c.execute(f"DELETE FROM death WHERE {where}", (key, entry.seed))
             done = c.execute(
-                "SELECT measure, settings FROM score WHERE subject = ? AND seed = ?",
+                "SELECT measure, settings, error IS NULL FROM score WHERE subject = ? AND seed = ?",
                 (key, entry.seed),
             ).fetchall()
             chosen = c.execute(
@@ -273,7 +291,10 @@ class Store:
                 (key, entry.seed, FATAL),
             ).fetchall()
         resolved = None if chosen is None else tuple((m, s) for m, s in json.loads(chosen[0]))
-        return Begun(True, frozenset(done), resolved, frozenset(fatal))
+        failed = frozenset((m, s) for m, s, fine in done if not fine)
+        return Begun(
+            True, frozenset((m, s) for m, s, _ in done), failed, resolved, frozenset(fatal)
+        )
 
     def choose(self, key: str, asked: str, chosen: Sequence[Request]) -> None:
         """Keep what a request for measures stands for on a subject."""
@@ -286,7 +307,7 @@ class Store:
     def start(self, key: str, seed: int, measure: str, settings: str) -> None:
         """Note which measure a worker is at, for the case that it does not come back."""
         with self._lock:  # of use while the system runs: need not be on the disk at once
-            self._connection.execute("PRAGMA synchronous = OFF")
+            self._connection.execute("PRAGMA synchronous = NORMAL")
             try:
                 with self._writing() as c:
                     c.execute(
@@ -431,6 +452,11 @@ class Store:
         """Return who holds claims."""
         return [row[0] for row in self.query("SELECT DISTINCT owner FROM claim")]
 
+    def dead(self) -> list[str]:
+        """Return who holds claims and is no longer there."""
+        rows = self.query("SELECT owner, max(beat) FROM claim GROUP BY owner")
+        return [text for text, beat in rows if not Owner.read(text).is_alive(beat)]
+
     def scores(self, key: str, seed: int) -> list[Score]:
         """Return the scores of a subject, in the order in which they were finished."""
         rows = self.query(
@@ -454,6 +480,20 @@ def _json(value: Any) -> str:
 
 def _pragma(c: sqlite3.Connection, name: str) -> int:
     return int(c.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _write_ahead(c: sqlite3.Connection) -> None:
+    # While another process does the same SQLite refuses at once instead of waiting.
+    ends = time.monotonic() + BUSY
+    while True:
+        try:
+            c.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > ends:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
@@ -480,7 +520,10 @@ def _refuse_foreign(path: Path) -> None:
         with path.open("rb") as file:
             head = file.read(100)
     except OSError as error:
-        raise StoreError(f"Expected a study that can be read. {path}: {error.strerror}.") from error
+        raise StoreError(
+            f"Expected a study that can be read. {path}: {error.strerror}. Name another, or change"
+            " its permissions."
+        ) from error
     if not head.startswith(MAGIC):
         raise StoreError(
             f"Expected a study, which is an SQLite file. {path} is something else. Name another."
@@ -488,6 +531,15 @@ def _refuse_foreign(path: Path) -> None:
     if int.from_bytes(head[68:72], "big") != APPLICATION_ID:
         raise StoreError(
             f"Expected a study. {path} is an SQLite file of another program. Name another."
+        )
+    _refuse_newer(path, int.from_bytes(head[60:64], "big"))  # before anything is opened
+
+
+def _refuse_newer(path: Path, version: int) -> None:
+    if version > SCHEMA_VERSION:
+        raise StoreError(
+            f"Expected a study of format {SCHEMA_VERSION} or older. {path} has format {version}."
+            " Use a newer sharpkit."
         )
 
 
@@ -520,4 +572,17 @@ def _store_error(path: Path, error: sqlite3.Error) -> StoreError:
             f"Expected a sound study. {path} is damaged ({text}). Go back to a copy, or save what"
             f" is left with: sqlite3 {path} .recover"
         )
-    return StoreError(f"Expected to use the study {path}. SQLite says: {text}.")
+    if "readonly" in text or "unable to open" in text:
+        return StoreError(
+            f"Expected to write to {path} and its folder. SQLite says: {text}. Change the"
+            " permissions, or copy the study elsewhere."
+        )
+    if "full" in text:
+        return StoreError(
+            f"Expected room on the disk of {path}. SQLite says: {text}. Make room and run the same"
+            " command again: it goes on."
+        )
+    return StoreError(
+        f"Expected to use the study {path}. SQLite says: {text}. Try again, or with a copy on a"
+        " local disk."
+    )

@@ -139,6 +139,9 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def wide_table(store: Store, *, errors: bool = True) -> pd.DataFrame:
     """Return one row a checkpoint: metadata, then a column a measure.
 
+    Metadata are called as the recipe calls them; what has the name of another column keeps the
+    ``meta.`` before it.
+
     Args:
         store: The study.
         errors: Whether to put ``<label>.error`` (one standard error or the bound) and
@@ -149,11 +152,14 @@ def wide_table(store: Store, *, errors: bool = True) -> pd.DataFrame:
     long = scores_table(store)
     meta = [c for c in long.columns if c.startswith(META)]
     base = long.drop_duplicates("checkpoint").set_index("checkpoint")
-    result = base[meta].rename(columns=lambda c: c.removeprefix(META))
-    errors_of = dict(store.query("SELECT path, error FROM entry WHERE error IS NOT NULL"))
-    result["error"] = [errors_of.get(name) for name in result.index]
     measured = long[long["measure"].notna()]
     labels = list(dict.fromkeys(measured["label"]))
+    taken = {"checkpoint", "error"}
+    taken.update(x + ending for x in labels for ending in ("", ".error", ".converged"))
+    names = {c: c.removeprefix(META) for c in meta}
+    result = base[meta].rename(columns={c: n for c, n in names.items() if n not in taken})
+    errors_of = dict(store.query("SELECT path, error FROM entry WHERE error IS NOT NULL"))
+    result["error"] = [errors_of.get(name) for name in result.index]
     columns: dict[str, pd.Series[Any]] = {}
     for label in labels:
         rows = measured[measured["label"] == label].drop_duplicates("checkpoint")
@@ -200,7 +206,9 @@ def export(store: Store, path: str | Path, *, wide: bool = False) -> Path:
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=kind)
     except OSError as error:
-        raise StoreError(f"Expected a folder to write to. {path}: {error.strerror}.") from error
+        raise StoreError(
+            f"Expected a folder to write to. {path}: {error.strerror}. Make it, or name another."
+        ) from error
     os.close(handle)
     try:
         if kind == ".json":
@@ -213,8 +221,12 @@ def export(store: Store, path: str | Path, *, wide: bool = False) -> Path:
                 _parquet(table, temporary)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise StoreError(
+                f"Expected to write {path}. {error.strerror}. Name another file."
+            ) from error
         raise
     return path
 

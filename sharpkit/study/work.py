@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import torch
 
 from sharpkit import measures
-from sharpkit.errors import SharpkitError, SharpkitWarning, StoreError
+from sharpkit.errors import RecipeError, SharpkitError, SharpkitWarning, StoreError
 from sharpkit.results import Score
 from sharpkit.scoring import MeasureRequest, Prepared, Request, measure_all, parse_requests, prepare
 from sharpkit.study.identity import Options, Subject, identify, settings_text
 from sharpkit.study.owner import BEAT, Owner
 from sharpkit.study.recipe import Recipe, load_recipe
+from sharpkit.study.source import source_hash
 from sharpkit.study.store import Begun, Entry
 
 __all__ = ["Ledger", "Outcome", "Task", "work"]
@@ -196,13 +197,14 @@ def _work(task: Task, ledger: Ledger, owner: Owner, notes: Sequence[str]) -> Out
                 )
             return prepared
 
-        if begun.chosen is None:
-            chosen = ready().resolve(requests)
-            ledger.choose(subject.key, requests.text, [(m.name, s) for m, s in chosen])
-        else:
-            chosen = [(measures.get(name), dict(given)) for name, given in begun.chosen]
-        missing = [r for r in chosen if (r[0].name, settings_text(r[1])) not in begun.done]
         with _heart(ledger, owner):
+            if begun.chosen is None:
+                chosen = ready().resolve(requests)
+                ledger.choose(subject.key, requests.text, [(m.name, s) for m, s in chosen])
+            else:
+                chosen = [(measures.get(name), dict(given)) for name, given in begun.chosen]
+            keys = {(m.name, settings_text(s)) for m, s in chosen}
+            missing = [r for r in chosen if (r[0].name, settings_text(r[1])) not in begun.done]
             taken, seconds = _measure(task, ledger, subject.key, missing, ready, begun.fatal)
         ledger.finish(task.entry, subject.key, owner, notes=tuple(dict.fromkeys(notes)))
     except KeyboardInterrupt:
@@ -210,6 +212,9 @@ def _work(task: Task, ledger: Ledger, owner: Owner, notes: Sequence[str]) -> Out
             ledger.finish(task.entry, claim[0], owner)
         raise
     except StoreError:
+        if claim:
+            with suppress(StoreError):
+                ledger.finish(task.entry, claim[0], owner)
         raise
     except Exception as failure:  # whatever it is: the other checkpoints must go on
         text = " ".join(str(failure).split())
@@ -221,7 +226,7 @@ def _work(task: Task, ledger: Ledger, owner: Owner, notes: Sequence[str]) -> Out
         subject.key,
         measured=len(taken),
         present=len(chosen) - len(missing),
-        failed=sum(s.error is not None for s in taken),
+        failed=sum(s.error is not None for s in taken) + len(keys & begun.failed),
         measuring=seconds,
     )
 
@@ -264,7 +269,13 @@ def _measure(
 def _recipe(task: Task) -> Recipe:
     if task.run not in _recipes:
         _recipes.clear()  # one recipe's data at a time
-        _recipes[task.run] = load_recipe(task.recipe)
+        recipe = load_recipe(task.recipe)
+        if source_hash(task.recipe) != task.recipe_hash:  # nothing is filed under other code
+            raise RecipeError(
+                f"Expected {task.recipe} and its neighbours as they were when the run began. They"
+                " were changed since, or are others on this machine. Run the command again."
+            )
+        _recipes[task.run] = recipe
     return _recipes[task.run]
 
 

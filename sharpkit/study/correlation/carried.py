@@ -82,7 +82,10 @@ def carried_interval(
     So every resample is corrected for the noise of its own values
     (:func:`~sharpkit.study.correlation.measurement.disattenuate`), and the interval is that of
     the corrected draws. Drawing the values anew within their errors would add the noise a
-    second time and make the correlation smaller still. Bounds and rounding are no noise: the
+    second time and make the correlation smaller still. Pearson's corrected draws may lie beyond
+    1, where Fisher's scale has no room: its interval is made on the scale of the measured values
+    from :math:`r^* \sqrt{R / R^*}`, and its ends are divided by :math:`\sqrt R`; with covariates
+    R is that of what they leave. Bounds and rounding are no noise: the
     interval is widened on each side by as much as the order of the exact values may change
     tau in the sample.
 
@@ -128,11 +131,23 @@ def carried_interval(
         return result
     if rel <= LEAST:
         return replace(result, exact=math.nan, low=-1.0, high=1.0)
-    draws = both(draw_counts(sample, seed))[1]
+    counts = draw_counts(sample, seed)
+    scale = 1.0
+    if statistic == "pearson" and noise is not None:
+        here, there = (
+            _left_reliability(sample.matrix(c), both(c)[2]) for c in (sample.once, counts)
+        )
+        if here[0] <= LEAST:
+            return replace(result, exact=math.nan, low=-1.0, high=1.0)
+        scale = math.sqrt(here[0])
+        at, draws = value, both(counts)[0] * np.sqrt(here[0] / there)
+    else:
+        at, draws = exact, both(counts)[1]
     low, high = interval(
-        exact, draws, units=sample.num_clusters, groups=sample.num_groups,
+        at, draws, units=sample.num_clusters, groups=sample.num_groups,
         clustered=sample.num_clusters < n, statistic=statistic,
     )  # fmt: skip
+    low, high = (min(max(end / scale, -1.0), 1.0) for end in (low, high))
     if not (found.below.any() or found.above.any()):
         return replace(result, low=low, high=high)
     down, up = _shifts(columns[fine], labels, found, statistic)
@@ -141,6 +156,16 @@ def carried_interval(
     return replace(
         result, low=max(low - down, -1.0), high=min(high + up, 1.0), open_width=down + up
     )
+
+
+def _left_reliability(matrix: Floats, rel: Floats) -> Floats:
+    # Reliability of what the covariates leave of the first variable: (R - P) / (1 - P), where
+    # P is the share of its variance that they explain.
+    cross = matrix[:, 0, 2:]
+    inverse = np.linalg.pinv(np.nan_to_num(matrix[:, 2:, 2:]), rcond=1e-9, hermitian=True)
+    share = np.einsum("bi,bij,bj->b", cross, inverse, cross)
+    left = np.maximum(1 - share, 1e-12)
+    return np.asarray(np.maximum((rel - share) / left, LEAST))
 
 
 def _shifts(

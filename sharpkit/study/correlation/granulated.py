@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sharpkit.errors import SettingsError
-from sharpkit.study.correlation.ranks import Floats
+from sharpkit.study.correlation.ranks import Floats, text_table
 from sharpkit.study.correlation.resampling import FEWEST
 from sharpkit.study.correlation.simple import null_deviation
 
@@ -93,7 +93,8 @@ def granulated_tau(
         SettingsError: If the lengths differ or there is no axis.
 
     Misleads: with two levels and one seed each :math:`\tau_f` is 1 or -1. An axis with few
-    fixings weighs in Psi as much as one with many. Fixings are taken as independent.
+    fixings weighs in Psi as much as one with many. Fixings are taken as independent. Errors of
+    the values are not carried: noise makes Psi smaller.
 
     Example:
         >>> import pandas as pd
@@ -112,7 +113,7 @@ def granulated_tau(
         )
     fine = np.isfinite(a) & np.isfinite(b)
     a, b = a[fine], b[fine]
-    table = hyperparameters[fine].astype(str).reset_index(drop=True)
+    table = text_table(hyperparameters[fine])
     axes = tuple(_axis(a, b, table, str(name)) for name in table.columns)
     defined = [s for s in axes if s.fixings]
     if not defined:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 import scipy.stats
 
 from sharpkit.errors import SettingsError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "Floats",
@@ -19,6 +23,8 @@ __all__ = [
     "check_statistic",
     "codes",
     "from_normal",
+    "text_table",
+    "texts",
     "to_normal",
 ]
 
@@ -37,11 +43,27 @@ def check_statistic(statistic: str) -> None:
         )
 
 
-def codes(labels: object, n: int) -> Ints:
+def texts(values: Iterable[object]) -> list[str]:
+    """Return each value as text; all that are missing have the same."""
+    import pandas as pd
+
+    found = list(values)
+    missing = pd.isna(pd.Series(found, dtype=object))
+    return ["missing" if m else str(v) for v, m in zip(found, missing, strict=True)]
+
+
+def text_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of :func:`texts`, with rows numbered from 0."""
+    import pandas as pd
+
+    return pd.DataFrame({name: texts(table[name]) for name in table.columns}, dtype=object)
+
+
+def codes(labels: Iterable[object] | None, n: int) -> Ints:
     """Return whole numbers from 0 for the labels of n models; all 0 if there are none."""
     if labels is None:
         return np.zeros(n, dtype=np.int64)
-    found = np.unique(np.asarray(labels, dtype=str), return_inverse=True)[1]
+    found = np.unique(np.asarray(texts(labels), dtype=str), return_inverse=True)[1]
     return np.asarray(found, dtype=np.int64).reshape(-1)
 
 

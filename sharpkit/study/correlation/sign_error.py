@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import numpy as np
+import scipy.sparse.csgraph
+import scipy.stats
 
 from sharpkit.errors import SettingsError
-from sharpkit.study.correlation.ranks import Floats
+from sharpkit.study.correlation.ranks import Floats, text_table
 from sharpkit.study.correlation.resampling import FEWEST, LEVEL, RESAMPLES
 
 if TYPE_CHECKING:
@@ -125,9 +127,14 @@ def sign_error(
     paper's code (there 12).
 
     The bootstrap draws settings (all seeds of one combination of hyperparameters) with
-    replacement. The interval of ``robust`` takes each environment's at the level
-    :math:`1 - 0.05 / E` and then the largest of the lower and of the upper ends: the largest
-    error of E noisy ones is too large, and this lower end allows for it.
+    replacement; where settings have several models the quantiles are taken further out, as
+    Student's t for their number is wider than the normal distribution, and an environment has
+    an interval only if its pairs make 5 independent differences of settings (5 fixings of the
+    other hyperparameters, for an axis of two levels).
+
+    The interval of ``robust`` takes each environment's at the level :math:`1 - 0.05 / E` and then
+    the largest of the lower and of the upper ends: the largest error of E noisy ones is too
+    large, and this lower end allows for it. Errors of the values are not carried.
 
     Args:
         x: [n] one value a model.
@@ -168,7 +175,7 @@ def sign_error(
             f" Got {len(a)}, {len(b)} and {hyperparameters.shape}."
         )
     fine = np.isfinite(a) & np.isfinite(b)
-    a, b, table = a[fine], b[fine], hyperparameters[fine].astype(str).reset_index(drop=True)
+    a, b, table = a[fine], b[fine], text_table(hyperparameters[fine])
     i, j = np.triu_indices(len(a), 1)
     values = table.to_numpy()
     differ = values[i] != values[j]
@@ -194,7 +201,8 @@ def sign_error(
         effective = float(w.sum() ** 2 / (w**2).sum()) if w.any() else 0.0
         if effective >= min_effective - 1e-9 and w.any():
             kept.append((name, index, effective))
-    ends = _ends(kept, unit[i], unit[j], weights, errors, environments, seed)
+    clustered = len(np.unique(unit)) < len(unit)
+    ends = _ends(kept, unit[i], unit[j], weights, errors, environments, clustered, seed)
     found = []
     for (name, index, effective), (low, high, _, _) in zip(kept, ends, strict=True):
         w = weights[index]
@@ -227,6 +235,7 @@ def _ends(
     weights: Floats,
     errors: Floats,
     kind: EnvironmentKind,
+    clustered: bool,
     seed: int,
 ) -> list[tuple[float, float, float, float]]:
     # Ends at the level and at the level for all environments together.
@@ -236,11 +245,10 @@ def _ends(
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(num, np.full(num, 1 / num), RESAMPLES).astype(float)
     tail = (1 - LEVEL) / 2
-    levels = [tail, 1 - tail, tail / len(kept), 1 - tail / len(kept)] if kept else []
     result = []
     for _, index, _ in kept:
         units = np.union1d(first[index], second[index])
-        if len(units) < FEWEST:
+        if len(units) < FEWEST or (clustered and _free(first[index], second[index]) < FEWEST):
             result.append((math.nan,) * 4)
             continue
         # Pairs of one pair of settings share a count: quadratic forms, as for tau.
@@ -258,9 +266,25 @@ def _ends(
             continue
         fine = total > 0
         draws = wrong[fine] / total[fine]
+        tails = [tail, tail / len(kept)]
+        if clustered:  # as for tau: Student's t for so many settings
+            tails = [_wider(t, len(units) - 1) for t in tails]
+        levels = [tails[0], 1 - tails[0], tails[1], 1 - tails[1]]
         q = [float(v) for v in np.quantile(draws, levels)]
         result.append((q[0], q[1], q[2], q[3]))
     return result
+
+
+def _free(first: np.ndarray, second: np.ndarray) -> int:
+    # Settings less sets of settings that pairs connect: how many differences are independent.
+    units, ends = np.unique(np.stack([first, second]), return_inverse=True)
+    a, b = ends.reshape(2, -1)
+    links = scipy.sparse.coo_array((np.ones(len(a)), (a, b)), shape=(len(units),) * 2)
+    return int(len(units) - scipy.sparse.csgraph.connected_components(links, directed=False)[0])
+
+
+def _wider(tail: float, freedom: int) -> float:
+    return float(scipy.stats.norm.cdf(scipy.stats.t.ppf(tail, freedom)))
 
 
 def _table(num: int, first: np.ndarray, second: np.ndarray, weights: Floats) -> Floats:

@@ -14,7 +14,7 @@ from sharpkit.study.correlation.carried import Carried, carried_interval, order_
 from sharpkit.study.correlation.granulated import granulated_tau
 from sharpkit.study.correlation.multiple import Correction, adjust
 from sharpkit.study.correlation.partial import conditional_p
-from sharpkit.study.correlation.ranks import Floats, Ints, Statistic, check_statistic, codes
+from sharpkit.study.correlation.ranks import Floats, Ints, Statistic, check_statistic, codes, texts
 from sharpkit.study.correlation.resampling import (
     FEWEST,
     arrangements,
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["StudyCorrelation", "correlate_study"]
+
+NOISY = 0.9  # a reliability below it is worth a sentence
 
 
 @dataclass(frozen=True)
@@ -140,13 +142,20 @@ def correlate_study(
     check_statistic(statistic)
     models = select_models(scores, gap, converged or Filter(), measures)
     warn = list(models.notes)
-    groups = None if group is None else models.column(group).astype(str).tolist()
+    groups = None if group is None else texts(models.column(group))
     table = None
     if axes:
-        table = pd.DataFrame({a: models.column(a).astype(str).to_numpy() for a in axes})
+        table = pd.DataFrame({a: texts(models.column(a)) for a in axes}, dtype=object)
+    for name in dict.fromkeys(n for n in (group, cluster, *(axes or ())) if n is not None):
+        missing = int(models.column(name).isna().sum())
+        if missing:
+            warn.append(
+                f"{missing} of {len(models.gap)} models have no `{name}`; they are taken as alike"
+                " in it."
+            )
     clusters = _clusters(models, cluster, table, groups, warn)
     covariates = _covariates(models, partial)
-    rows, axis_rows, environment_rows = [], [], []
+    rows, axis_rows, environment_rows, noisy = [], [], [], []
     tester = _Tester(models, groups, clusters, covariates, statistic, seed)
     for label in models.values.columns:
         row, one = _row(models, str(label), groups, clusters, covariates, statistic, seed)
@@ -154,6 +163,8 @@ def correlate_study(
         warn += order_sentences(str(label), one)
         x = models.values[label].tolist()
         if table is not None:
+            if one.reliability < NOISY:
+                noisy.append(str(label))
             g = granulated_tau(x, models.gap.tolist(), table)
             row |= {"psi": g.psi, "psi_low": g.low, "psi_high": g.high}
             axis_rows += [{"measure": label, **vars(a)} for a in g.axes]
@@ -168,6 +179,12 @@ def correlate_study(
             }  # fmt: skip
             environment_rows += [{"measure": label, **vars(e)} for e in s.environments]
         rows.append(row)
+    if noisy:
+        warn.append(
+            "Granulated tau and sign-errors are of the measured values, and their intervals do not"
+            " carry the noise, which makes the one smaller and the others more like a coin's:"
+            f" {', '.join(noisy)}."
+        )
     frame = pd.DataFrame(rows)
     for ending in ("", "_within", "_partial"):
         if f"p{ending}" in frame:
@@ -202,7 +219,7 @@ def _clusters(
     warn: list[str],
 ) -> list[str] | None:
     if cluster is not None:
-        names = models.column(cluster).astype(str).tolist()
+        names = texts(models.column(cluster))
     elif table is not None and table.duplicated().any():
         names = ["; ".join(row) for row in table.to_numpy()]
         warn.append(
@@ -357,5 +374,6 @@ def _remarks(
         )
     if len(frame) > 1:
         text = {"holm": "Holm's", "bh": "Benjamini and Hochberg's", "none": "no"}[correction]
-        found.append(f"`p_adjusted` is for {len(frame)} measures, by {text} correction.")
+        counted = int(frame["p"].notna().sum())
+        found.append(f"`p_adjusted` is for {counted} measures, by {text} correction.")
     return found

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.stats
 
+from sharpkit.study.correlation.ranks import texts
 from sharpkit.study.correlation.study_frame import select_models
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def measured_taus(long: pd.DataFrame, gap: str, group: str | None) -> tuple[pd.D
     import pandas as pd
 
     models = select_models(long, gap)
-    groups = None if group is None else models.column(group).astype(str).to_numpy()
+    groups = None if group is None else np.array(texts(models.column(group)))
     rows = []
     for label in models.values.columns:
         x = models.values[label].to_numpy(dtype=float)
