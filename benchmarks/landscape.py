@@ -68,8 +68,8 @@ def landscaper(case: Case) -> Callable[[], object] | None:
     shapes = [p.shape for p in case.model.parameters()]
     directions = [[torch.randn(s) for s in shapes] for _ in range(2)]
 
-    def loss(model: nn.Module, data: object) -> float:
-        return CE(model(case.x), case.y).item()
+    def loss(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> float:
+        return CE(model(data[0]), data[1]).item()
 
     def work() -> object:
         return compute_loss_landscape(
@@ -137,7 +137,9 @@ def run(name: str, repeats: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--models", default="mlp,cnn,vit")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
