@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 import warnings
@@ -71,6 +72,7 @@ class Tracker:
         seed: Of all random draws.
         writers: Functions of a row, or paths of CSV files: one or several.
         memory_budget: As for :class:`sharpkit.Objective`.
+        num_terms: As for :class:`sharpkit.Objective`.
 
     Raises:
         SettingsError: If a setting is no whole or positive number where it must be.
@@ -116,6 +118,7 @@ class Tracker:
         seed: int = 0,
         writers: Any = None,
         memory_budget: int | None = None,
+        num_terms: Callable[[Any, Any], float] | None = None,
     ):
         counts = {"every": every, "eigenvalues": eigenvalues, "trace_probes": trace_probes}
         for name, value in {**counts, "max_hvps": max_hvps}.items():
@@ -148,7 +151,7 @@ class Tracker:
         self._begun: float | None = None
         self._spent = 0.0
         with _evaluation_mode(model):
-            make: Any = Objective
+            make: Any = functools.partial(Objective, num_terms=num_terms)
             function: Any = loss
             if isinstance(function, _OfBatches):
                 make, function = Objective.from_batch_loss, function.batch_loss

@@ -22,6 +22,7 @@ MARGIN = 0.85  # of the tolerance, at which the search ends
 GAP = 0.05  # relative distance to what lies below, for which V is made before a run
 SETTLED = 0.1  # relative residual at which a value found beyond V is taken in
 ALONE = 1e-3  # of a direction: less than this outside V is rounding
+ZERO = 1e-300  # what no error of a zero matrix exceeds
 BISECTIONS = 50
 
 
@@ -261,7 +262,7 @@ class _Warm:
     @property
     def _allowed(self) -> np.ndarray:
         wanted = self.tol * np.maximum(abs(self.values[: self.k]), SMALL_SHARE * self._scale)
-        allowed: np.ndarray = np.maximum(wanted, 2 * self._floor)
+        allowed: np.ndarray = np.maximum(wanted, max(2 * self._floor, ZERO))
         return allowed
 
     def _errors(self, mu: float) -> np.ndarray:
@@ -272,7 +273,16 @@ class _Warm:
         return errors
 
     def _met(self, mu: float) -> bool:
-        return bool((self._errors(mu) <= MARGIN * self._allowed).all())
+        # Whether the errors are small enough; one comparison each in place of a bisection.
+        if mu == -math.inf:
+            return True
+        most = self.values[: self.k] + MARGIN * self._allowed - self._floor
+        return bool(
+            all(
+                t > mu and np.linalg.eigvalsh(self.H + self.G / (t - mu))[-1 - i] <= t
+                for i, t in enumerate(most.tolist())
+            )
+        )
 
     def _residuals(self) -> np.ndarray:
         S = self.S[:, : self.k]
@@ -284,10 +294,17 @@ class _Warm:
         sizes = np.maximum(abs(self.values[: self.k]), SMALL_SHARE * self._scale)
         return bool((self._residuals() ** 2 <= GAP * sizes * self._allowed).all())
 
-    def _widen(self) -> bool:
-        # By the residual of the worst of the wanted pairs; False if there is none, or no room.
+    def _widen(self, mu: float | None = None) -> bool:
+        # By the residual of the worst of the wanted pairs, or where a bound beyond V is given,
+        # of the vector that makes the worst error. False if there is none, or no room.
+        S = self.S
         i = int((self._residuals() / self._allowed).argmax())
-        column = torch.as_tensor(self.S[:, i].copy(), dtype=self.V.dtype, device=self.V.device)
+        if mu is not None:
+            bounds = coupled_bounds(self.H, self.G, mu, self.k)
+            i = int(((bounds - self.values[: self.k]) / self._allowed).argmax())
+            if bounds[i] > mu:
+                S = np.linalg.eigh(self.H + self.G / (bounds[i] - mu))[1][:, ::-1]
+        column = torch.as_tensor(S[:, i].copy(), dtype=self.V.dtype, device=self.V.device)
         return self._add(self.C @ column)
 
     def _add(self, direction: Tensor) -> bool:
@@ -320,7 +337,7 @@ class _Warm:
         couplings: list[float] = []
         while not self._met(self.mu):
             hopeless = not self._met(self.tau) and self.tau < self.values[self.k - 1]
-            if hopeless and couplings and self._widen():
+            if hopeless and self._widen(self.tau):
                 continue  # no further step can make this bound small enough
             if not self._room() or krylov.exhausted or krylov.broke_down:
                 break
@@ -332,9 +349,10 @@ class _Warm:
             dim = self.matrix.dim - locked.shape[1]
             self.mu = unseen_bound(values, np.array(couplings), dim, chance) + krylov.floor()
             known = float(np.linalg.norm(coupling @ S[:, -1])) if coupling.size else 0.0
-            if self.tau > self.values[self.k - 1] and known <= SETTLED * abs(self.tau):
-                if self._met(self.mu):
-                    break
+            # No further step lowers tau: where the errors are too large even with it, and it
+            # is well known, V must have it. Values that agree within the tolerance stay out.
+            larger = self.tau > self.values[self.k - 1] and known <= SETTLED * abs(self.tau)
+            if larger and not self._met(self.tau):
                 return krylov.vectors(S[:, -1:])[:, 0]
         return None
 
