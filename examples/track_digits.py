@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path())
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--rate", type=float, default=2.0)
+    parser.add_argument("--rate", type=float, default=1.0)
     parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--probes", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)

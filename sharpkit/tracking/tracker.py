@@ -80,8 +80,8 @@ class Tracker:
             that can be read only once, a loss that is not finite at the start.
 
     Cost:
-        8 to 16 Hessian-vector products for one eigenvalue and one for each probe; a product
-        costs 2 to 3 gradients on the tracker's data.
+        7 to 16 Hessian-vector products for one eigenvalue (25 and more where the largest crowd
+        together) and one for each probe; a product costs 2 to 3 gradients on the tracker's data.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)

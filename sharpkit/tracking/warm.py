@@ -88,8 +88,9 @@ def top_eigenvalues(
         ShapeError: If the start is not ``[P, k]``.
 
     Cost:
-        For one eigenvalue of a network in training 8 to 16 products, where a cold start takes
-        15 to 22; memory of as many vectors, those of V twice.
+        For one eigenvalue of a network in training 7 to 16 products, where a cold start takes
+        15 to 22; as many as that where eigenvalues crowd at the top. Memory of as many vectors,
+        those of V twice.
 
     Example:
         >>> from sharpkit.operators import SymmetricOperator
