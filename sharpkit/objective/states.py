@@ -31,6 +31,7 @@ __all__ = [
     "Reference",
     "State",
     "deviation",
+    "moved",
     "state_hash",
     "state_of",
     "trace",
@@ -83,6 +84,29 @@ def with_state(objective: Objective, state: State) -> Objective:
     other._evaluator = evaluator
     other._begin()
     return other
+
+
+def moved(objective: Objective, state: State) -> Objective:
+    """Return the objective at another state of the network, as training goes on.
+
+    Unlike :func:`with_state` it keeps the way of second derivatives that was chosen, and so
+    costs no pass over the data. The objective that was given is at the new fixed parameters
+    and buffers too: use it no more.
+
+    Args:
+        objective: The model, loss and data.
+        state: All parameters and buffers; they are copied.
+    """
+    evaluator = objective._evaluator
+
+    def like(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: state[n].detach().to(t.device, t.dtype, copy=True) for n, t in held.items()}
+
+    evaluator.fixed = like(evaluator.fixed)
+    evaluator.set_buffers(like(evaluator.buffers))
+    space = objective.space
+    theta = {n: state[n].detach().to(space.device) for n in space.names}
+    return objective.at(space.flatten(theta))
 
 
 def with_all_parameters(objective: Objective) -> Objective:
