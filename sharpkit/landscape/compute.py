@@ -17,7 +17,7 @@ from sharpkit.errors import SettingsError
 from sharpkit.landscape.points import Index, Parts, Row, SliceProgress, fingerprint
 from sharpkit.landscape.refine import Filled, fill_grid
 from sharpkit.landscape.result import Marker, Slice, Status
-from sharpkit.landscape.section import Section
+from sharpkit.landscape.section import Section, StraightSection
 from sharpkit.landscape.workers import Job, Pool
 from sharpkit.objective import Objective
 from sharpkit.objective.states import state_hash
@@ -119,7 +119,7 @@ def compute_slice(
         workers: Processes; several need ``factory``.
         factory: A function of a module that returns the objectives by name, to be called in
             each process.
-        markers: Points to show; default the origin of a straight section.
+        markers: Points to show; default the origin of a line or plane.
         details: Kept with the slice: title, checkpoint, command.
         progress: Called with the forecast first, then as points come.
 
@@ -394,8 +394,8 @@ class _Work:
                 _spread(array, status == Status.INTERPOLATED)
         section, sets = self.job.section, list(self.evaluation.sets.values())
         if markers is None:
-            straight = section.units() is not None
-            markers = [Marker("theta", (0.0,) * len(shape))] if straight else []
+            centred = isinstance(section, StraightSection)
+            markers = [Marker("theta", (0.0,) * len(shape))] if centred else []
         about = self._details(filled, model) | details
         kept = [n for n, e in zip(names, errors, strict=True) if not np.isnan(e).all()]
         where = {n: i for i, n in enumerate(names)}

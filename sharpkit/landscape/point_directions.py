@@ -136,13 +136,18 @@ class Trajectory:
     def grid(self, count: int = 51, margin: float = 0.2) -> tuple[np.ndarray, ...]:
         """Return coordinates along each axis that hold all checkpoints.
 
+        The shorter axis has at least half the range of the longer one, so that the plane, whose
+        axes are distances, is no thin strip.
+
         Args:
             count: Points along an axis.
             margin: Beyond the outermost ones, as a share of their range.
         """
         at = np.array([m.coordinates for m in self.markers])
         low, high = at.min(axis=0), at.max(axis=0)
-        room = np.maximum(margin * (high - low), 1e-3 * (high - low).max())
+        span = high - low
+        least = 0.5 * (1 + 2 * margin) * span.max()
+        room = np.maximum(margin * span, (least - span) / 2)
         return tuple(
             np.linspace(a - r, b + r, count) for a, b, r in zip(low, high, room, strict=True)
         )
@@ -224,7 +229,7 @@ def trajectory_plane(
             Direction(
                 vector.to(origin),
                 kind="trajectory",
-                label=f"distance along component {k + 1} ({explained[k]:.0%} of the variance)",
+                label=f"distance along component {k + 1} ({explained[k]:.0%})",
                 details={"explained_variance": explained[k], "checkpoints": count},
             )
         )
