@@ -176,11 +176,16 @@ def test_p_values_are_uniform_under_the_null(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("statistic", ["kendall", "spearman", "pearson"])
-@pytest.mark.parametrize("kind", ["plain", "groups", "clusters", "groups, clusters", "partial"])
+@pytest.mark.parametrize(
+    ("kind", "statistic"),
+    [
+        (kind, statistic)
+        for kind in ("plain", "groups", "clusters", "groups, clusters", "partial")
+        for statistic in ("kendall", "spearman", "pearson")
+        if (kind, statistic) != ("partial", "pearson")  # this study's null is not linear
+    ],
+)
 def test_p_values_are_uniform_under_the_null_at_length(kind, statistic):
-    if (kind, statistic) == ("partial", "pearson"):
-        pytest.skip("the null hypothesis of this study is not linear")
     # Tau of few models takes few values, and its ties make p larger: 2% at most with 60.
     assert_uniform(p_values(kind, 2000, statistic, n=60))
 

@@ -430,6 +430,8 @@ def test_the_comparison_in_short_on_emoji(tmp_path, monkeypatch):
     try:
         pairs = emoji_pairs.load(tmp_path)
     except RuntimeError as error:
+        if not re.search("apt-get|pip", str(error)):
+            raise  # only what cannot be had is no fault of ours
         pytest.skip(str(error))
     assert len(pairs) > 1300
     assert len(set(pairs.names)) == len(pairs)
