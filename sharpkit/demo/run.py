@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import joblib
 import numpy as np
 import torch
 
 from sharpkit import plots
 from sharpkit.demo import recipe as demo_recipe
-from sharpkit.demo.zoo import digits, specs, train
+from sharpkit.demo.zoo import ModelSpec, digits, specs, train
 from sharpkit.errors import SharpkitError
 from sharpkit.landscape import filter_normalized, quadratic_model, slice_1d
 from sharpkit.objective import Objective
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["DemoReport", "run_demo"]
 
 Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
 
 # One or two of each family, those that cost little: see `sharpkit measures` for the others.
 MEASURES: dict[str, dict[str, Any]] = {
@@ -56,6 +59,7 @@ MEASURES: dict[str, dict[str, Any]] = {
     "top_eigenvalues": {"k": 1, "which": "largest"},
 }
 SLICE_POINTS = 41
+MOST_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -139,26 +143,44 @@ def _run(folder: Path, quick: bool, seed: int, progress: Progress) -> DemoReport
 def _train(folder: Path, quick: bool, progress: Progress) -> list[Path]:
     data, zoo = digits(), specs(quick=quick)
     paths = []
-    for i, spec in enumerate(zoo):
-        progress(f"training {spec.family}", i, len(zoo))
-        paths.append(train(spec, data).save(folder))
+    for spec, path in zip(zoo, _each(_trained, [(s, data, folder) for s in zoo]), strict=True):
+        paths.append(path)
+        progress(f"training {spec.family}", len(paths), len(zoo))
     return paths
+
+
+def _trained(spec: ModelSpec, data: Any, folder: Path) -> Path:
+    with _one_thread():
+        return train(spec, data).save(folder)
 
 
 def _score(
     checkpoints: list[Path], recipe_path: Path, seed: int, progress: Progress
 ) -> list[CheckpointScores]:
+    results = []
+    for found in _each(_scored, [(path, recipe_path, seed) for path in checkpoints]):
+        results.append(found)
+        progress(f"scored {found.checkpoint.stem}", len(results), len(checkpoints))
+    return results
+
+
+def _scored(path: Path, recipe_path: Path, seed: int) -> CheckpointScores:
     requests: list[MeasureRequest] = list(MEASURES.items())
-    count = 0
+    with _one_thread():
+        return score_checkpoints(
+            [path], load_recipe(recipe_path), requests, seed=seed, num_groups=0
+        )[0]
 
-    def announce(path: Path, name: str) -> None:
-        nonlocal count
-        progress(f"{path.stem}: {name}", count, len(checkpoints) * len(requests))
-        count += 1
 
-    return score_checkpoints(
-        checkpoints, load_recipe(recipe_path), requests, seed=seed, num_groups=0, progress=announce
-    )
+def _each(function: Callable[..., T], tasks: list[tuple[Any, ...]]) -> Iterator[T]:
+    # In as many processes as there are cores; the results are the same, in the order of the tasks.
+    workers = min(os.cpu_count() or 1, MOST_WORKERS, len(tasks))
+    if workers == 1:
+        yield from (function(*task) for task in tasks)
+        return
+    with joblib.parallel_config("loky", n_jobs=workers, inner_max_num_threads=1):
+        run = joblib.Parallel(return_as="generator", batch_size=1)
+        yield from run(joblib.delayed(function)(*task) for task in tasks)
 
 
 def _frame(results: list[CheckpointScores]) -> pd.DataFrame:

@@ -117,6 +117,7 @@ class StraightSection:
     def __init__(self, origin: Tensor, directions: Sequence[Direction]):
         self.origin = origin.detach()
         self.directions = tuple(directions)
+        self._row: tuple[float, Tensor] | None = None
         if not 1 <= len(self.directions) <= 2:
             raise SettingsError(f"Expected one or two directions. Got {len(self.directions)}.")
         for direction in self.directions:
@@ -149,10 +150,12 @@ class StraightSection:
 
     def point(self, coordinates: Sequence[float]) -> Tensor:
         """Return theta ``[P]`` at these coordinates."""
-        theta = self.origin.clone()
-        for x, direction in zip(coordinates, self.directions, strict=True):
-            theta += (float(x) * direction.step) * direction.vector
-        return theta
+        x, *rest = (float(c) * d.step for c, d in zip(coordinates, self.directions, strict=True))
+        if self._row is None or self._row[0] != x:  # the same for all points of a row
+            self._row = (x, torch.add(self.origin, self.directions[0].vector, alpha=x))
+        if not rest:
+            return self._row[1].clone()
+        return torch.add(self._row[1], self.directions[1].vector, alpha=rest[0])
 
     def coordinates(self, theta: Tensor) -> tuple[tuple[float, ...], float]:
         """Return the nearest point's coordinates (least squares), and the distance to it.
