@@ -655,5 +655,5 @@ def test_wrapping_keeps_every_letter():
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
         assert all(figures.width_of(x, 9) <= width or len(x) == 1 for x in lines)
     exact = text_to_path.get_text_width_height_descent(text, FontProperties(size=9), False)[0]
-    assert exact / 72 == pytest.approx(figures.width_of(text, 9), rel=0.03)
+    assert exact / 72 == pytest.approx(figures.width_of(text, 9) / figures.HINTED, rel=0.03)
     assert isinstance(scale_of([bowl()], None), Scale)

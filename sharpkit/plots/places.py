@@ -14,7 +14,7 @@ from sharpkit.plots.figure import HALO, as_text, width_of
 
 __all__ = ["draw_places", "is_trajectory", "label_places", "split_places"]
 
-JOINED = ("trajectory", "pca")  # kinds of directions whose markers are one path
+JOINED = ("trajectory",)  # kinds of directions whose markers are one path
 CENTRE = ("theta", "centre", "center")
 INK = "#D55E00"
 LONG = 24
