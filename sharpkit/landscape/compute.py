@@ -22,7 +22,7 @@ from sharpkit.landscape.workers import Job, Pool, marks
 from sharpkit.objective import Objective
 from sharpkit.objective.states import state_hash
 from sharpkit.objective.statistics import has_running_statistics
-from sharpkit.objective.tallies import Metric, Tallies
+from sharpkit.objective.tallies import Metric, Tallies, Tally
 from sharpkit.results import Cost, to_plain
 
 __all__ = ["compute_slice", "parse_range"]
@@ -350,7 +350,10 @@ class _Work:
 
         def values(indices: Sequence[Index]) -> dict[Index, np.ndarray]:
             self.measure(indices)
-            return {i: self._values(self.found[i], cut=False) for i in indices}
+            return {
+                i: np.concatenate([self._values(row, cut=False), self._sums(row)])
+                for i, row in ((i, self.found[i]) for i in indices)
+            }
 
         centre = tuple(int(np.abs(g).argmin()) for g in self.job.grid)
         return fill_grid(
@@ -360,7 +363,36 @@ class _Work:
             lambda i: self.found[i].status is Status.CUT and not self.found[i].tallies,
             [n.rsplit("/", 1)[-1] == "loss" for n in self._names()],
             tolerance=self.refine,
+            carried=self._carried,
         )
+
+    @property
+    def _carried(self) -> int:
+        return sum(len(t.names) * t.num_groups for t, _ in self._tallies())
+
+    def _sums(self, row: Row) -> np.ndarray:
+        # What errors are made of: it is interpolated along with the values.
+        if not row.tallies:
+            return np.full(self._carried, np.nan)
+        sums = torch.cat([t.sums.flatten() for t in row.tallies]).numpy()
+        return np.where(np.isfinite(sums), sums, np.nan)
+
+    def _interpolated(self, sums: np.ndarray) -> tuple[Tally, ...]:
+        found, at = [], 0
+        for (tallies, _), counts in zip(self._tallies(), self.counts, strict=True):
+            shape = len(tallies.names), tallies.num_groups
+            own = torch.from_numpy(sums[at : at + shape[0] * shape[1]].copy()).view(shape)
+            found.append(Tally(own, counts))
+            at += shape[0] * shape[1]
+        return tuple(found)
+
+    def _errors(self, tallies: Sequence[Tally]) -> tuple[Any, Any]:
+        # Of the values, and of their differences from the origin.
+        errors = torch.cat([t.errors() for t in tallies])
+        if self.start is None:
+            return errors, torch.full_like(errors, torch.nan)
+        pairs = zip(tallies, self.start, strict=True)
+        return errors, torch.cat([t.errors(s) for t, s in pairs])
 
     def _names(self) -> list[str]:
         return [
@@ -415,21 +447,20 @@ class _Work:
             at: tuple[Any, ...] = (slice(None), *index)
             values[at] = self._values(row)
             if row.status is Status.MEASURED:
-                errors[at] = torch.cat([t.errors() for t in row.tallies])
-                if self.start is not None:
-                    pairs = zip(row.tallies, self.start, strict=True)
-                    rises[at] = torch.cat([t.errors(s) for t, s in pairs])
+                errors[at], rises[at] = self._errors(row.tallies)
         if filled is not None:
             unknown = status == Status.MISSING  # others may be found from a run before
             predicted = filled.predicted & unknown
             status[filled.skipped & unknown] = Status.SKIPPED
             status[predicted] = Status.INTERPOLATED
-            values[:, predicted] = filled.values[predicted].T
+            values[:, predicted] = filled.values[predicted][:, : len(names)].T
+            for index in map(tuple, np.argwhere(predicted)):
+                at = (slice(None), *index)
+                made_up = self._interpolated(filled.values[index][len(names) :])
+                errors[at], rises[at] = self._errors(made_up)
             if self.job.loss_max is not None:  # what is predicted above was not measured
                 above = predicted & (values[0] > self.job.loss_max)
                 status[above], values[:, above] = Status.SKIPPED, np.nan
-            for array in (errors, rises):
-                _spread(array, status == Status.INTERPOLATED)
         for array in (errors, rises):
             array[np.isnan(values)] = np.nan
         section, sets = self.job.section, list(self.evaluation.sets.values())
@@ -491,23 +522,3 @@ class _Work:
             )
             found["num_checked"] = filled.num_checked
         return found | (model[1] if model is not None else {})
-
-
-def _spread(array: np.ndarray, where: np.ndarray) -> None:
-    # Errors of interpolated points: linearly between the measured ones, along each axis in turn,
-    # the larger of them.
-    for values in array:
-        results = []
-        for axis in range(values.ndim):
-            moved = np.moveaxis(values.copy(), axis, -1)
-            for row in moved.reshape(-1, moved.shape[-1]):
-                known = ~np.isnan(row)
-                if known.any():
-                    row[~known] = np.interp(
-                        np.flatnonzero(~known), np.flatnonzero(known), row[known]
-                    )
-            results.append(np.moveaxis(moved, -1, axis))
-        stacked = np.stack(results)
-        unknown = np.isnan(stacked).all(axis=0)
-        best = np.where(unknown, np.nan, np.nanmax(np.nan_to_num(stacked, nan=-1.0), axis=0))
-        values[where] = best[where]

@@ -221,6 +221,7 @@ class Tallies:
         limit = None
         if above is not None and self._ends_early and not evaluator.team.shares_data:
             limit = above * evaluator.num_terms
+            limit += 1e-12 * abs(limit)  # what is equal but for rounding is not above
         run = _Pass(self, evaluator, counting=self._counts is None, limit=limit)
 
         def work() -> list[Tensor]:

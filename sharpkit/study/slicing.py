@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sharpkit.errors import SettingsError
+from sharpkit.errors import SettingsError, SharpkitWarning
 from sharpkit.geometry.canonical import canonical_form
 from sharpkit.landscape import (
     Direction,
@@ -104,8 +105,14 @@ class Source:
         if self.test:
             found["test"] = one(True)
         if self.canonical:
-            state = canonical_form(first).state
-            found = {name: with_state(o, state) for name, o in found.items()}
+            form = canonical_form(first)
+            if not form.factorization.pairs:
+                warnings.warn(
+                    "The network has no pairs of factors to balance: its canonical form is itself.",
+                    SharpkitWarning,
+                    stacklevel=2,
+                )
+            found = {name: with_state(o, form.state) for name, o in found.items()}
         return found
 
 
