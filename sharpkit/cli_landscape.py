@@ -70,7 +70,8 @@ def draw_slice(
         ),
     ] = None,
     x: Annotated[
-        str | None, typer.Option("-x", help="Range start:stop:count, such as -1:1:51.")
+        str | None,
+        typer.Option("-x", help="Range start:stop:count; default -1:1:51, or all checkpoints."),
     ] = None,
     y: Annotated[
         str | None, typer.Option("-y", help="Range along a second axis; auto: as suits.")
@@ -81,14 +82,17 @@ def draw_slice(
     ] = "filter",
     metric: Annotated[
         list[str] | None,
-        typer.Option("--metric", help="Beside the loss; default accuracy where it is defined."),
+        typer.Option(
+            "--metric", help="Beside the loss: accuracy, the default where labels are classes."
+        ),
     ] = None,
     show: Annotated[
         str | None, typer.Option("--show", help="Which value a plane's figure shows.")
     ] = None,
     test: Annotated[bool, typer.Option("--test", help="On the recipe's test_data() too.")] = False,
     loss_max: Annotated[
-        float | None, typer.Option("--loss-max", help="Cut what is higher, early.")
+        float | None,
+        typer.Option("--loss-max", help="Leave out what is higher, and do not sum it to the end."),
     ] = None,
     refine: Annotated[
         float | None,
@@ -402,7 +406,7 @@ def draw_spectrum(
     params: ParamsOption = None,
     trust_pickle: TrustOption = False,
 ) -> None:
-    """Measure the Hessian's spectrum in one pass, and draw its density."""
+    """Measure the Hessian's ends, trace and density in one run, and draw the density."""
     from sharpkit.overview import spectrum
     from sharpkit.study.recipe import load_recipe
 
