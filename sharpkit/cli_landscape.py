@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import shlex
@@ -32,10 +34,18 @@ from sharpkit.cli_options import (
 )
 from sharpkit.cli_tables import frame_table, print_result
 from sharpkit.errors import SettingsError
-from sharpkit.landscape import Slice, SliceProgress, Status, caption, load_slice, save_slice
+from sharpkit.landscape import (
+    Slice,
+    SliceProgress,
+    Status,
+    caption,
+    load_slice,
+    remove_parts,
+    save_slice,
+)
 from sharpkit.study.checkpoints import find_checkpoints
 from sharpkit.study.runner import CheckpointScores
-from sharpkit.study.slicing import DIRECTIONS, Source, Wanted, slices_of
+from sharpkit.study.slicing import DIRECTIONS, OF_SEVERAL, Source, Wanted, slices_of
 
 __all__ = ["draw_slice", "draw_spectrum", "measure_path"]
 
@@ -60,7 +70,8 @@ def draw_slice(
         ),
     ] = None,
     x: Annotated[
-        str | None, typer.Option("-x", help="Range start:stop:count, such as -1:1:51.")
+        str | None,
+        typer.Option("-x", help="Range start:stop:count; default -1:1:51, or all checkpoints."),
     ] = None,
     y: Annotated[
         str | None, typer.Option("-y", help="Range along a second axis; auto: as suits.")
@@ -71,14 +82,17 @@ def draw_slice(
     ] = "filter",
     metric: Annotated[
         list[str] | None,
-        typer.Option("--metric", help="Beside the loss; default accuracy where it is defined."),
+        typer.Option(
+            "--metric", help="Beside the loss: accuracy, the default where labels are classes."
+        ),
     ] = None,
     show: Annotated[
         str | None, typer.Option("--show", help="Which value a plane's figure shows.")
     ] = None,
     test: Annotated[bool, typer.Option("--test", help="On the recipe's test_data() too.")] = False,
     loss_max: Annotated[
-        float | None, typer.Option("--loss-max", help="Cut what is higher, early.")
+        float | None,
+        typer.Option("--loss-max", help="Leave out what is higher, and do not sum it to the end."),
     ] = None,
     refine: Annotated[
         float | None,
@@ -156,6 +170,8 @@ def draw_slice(
         command=shlex.join(["sharpkit", *sys.argv[1:]]) if sys.argv[1:2] == ["slice"] else "",
     )
     wanted.check(len(files))
+    together = wanted.directions[0] in OF_SEVERAL
+    _check_beside(outputs, 1 if together else len(files))
     group, rank = _ranks()
     source = partial(
         Source,
@@ -226,7 +242,7 @@ def _computed(
             files,
             lambda path: source(path),
             wanted,
-            parts=lambda path: folder / path.stem,
+            parts=lambda path: folder / _folder_name(path),
             on_start=start,
             progress=progress,
         )
@@ -238,12 +254,15 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def _folder_name(path: Path) -> str:
+    # Checkpoints of several runs are often called alike.
+    return f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+
+
 def _remove(folder: Path) -> None:
     for own in folder.glob("*/"):
-        for path in [*own.glob("*.npz"), *own.glob("*.part"), own / "plan.json"]:
-            path.unlink(missing_ok=True)
-        own.rmdir()
-    if folder.is_dir():
+        remove_parts(own)
+    with contextlib.suppress(OSError):
         folder.rmdir()
 
 
@@ -264,6 +283,30 @@ def _check_output(path: Path) -> None:
             )
 
 
+def _beside(outputs: Sequence[Path]) -> Path | None:
+    # Where the data are saved that nobody asked for.
+    if not outputs or any(p.suffix.lower() == ".npz" for p in outputs):
+        return None
+    return outputs[0].with_suffix(".npz")
+
+
+def _check_beside(outputs: Sequence[Path], count: int) -> None:
+    # What is there is only written over if it is a slice.
+    if (beside := _beside(outputs)) is None:
+        return
+    for i in range(1, count + 1):
+        path = _numbered(beside, count, i)
+        if not path.exists():
+            continue
+        try:
+            load_slice(path)
+        except SettingsError:
+            raise SettingsError(
+                f"Expected to save the data beside the figure, in {path}. There is another file"
+                " of this name. Move it, or give -o FILE.npz too."
+            ) from None
+
+
 def _numbered(path: Path, count: int, number: int) -> Path:
     return path if count == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
 
@@ -279,7 +322,9 @@ def _write(
 ) -> None:
     out = stdout()
     written: list[Path] = []
-    kinds = {p.suffix.lower() for p in outputs}
+    if data and (beside := _beside(outputs)) is not None:  # first: a figure may fail
+        for i, one in enumerate(found, 1):
+            written.append(one.save(_numbered(beside, len(found), i)))
     for path in outputs:
         suffix = path.suffix.lower()
         if suffix in DATA:
@@ -291,10 +336,6 @@ def _write(
             written.append(interactive_page(found, path))
         else:
             written.append(_figure(found, path, show, surface, linear))
-    if data and ".npz" not in kinds and outputs:
-        beside = outputs[0].with_suffix(".npz")
-        for i, one in enumerate(found, 1):
-            written.append(one.save(_numbered(beside, len(found), i)))
     for one in found:
         _tell(one)
     for path in written:
@@ -365,7 +406,7 @@ def draw_spectrum(
     params: ParamsOption = None,
     trust_pickle: TrustOption = False,
 ) -> None:
-    """Measure the Hessian's spectrum in one pass, and draw its density."""
+    """Measure the Hessian's ends, trace and density in one run, and draw the density."""
     from sharpkit.overview import spectrum
     from sharpkit.study.recipe import load_recipe
 

@@ -15,6 +15,8 @@ import torch
 
 from sharpkit.cli import run
 from sharpkit.landscape import Status, load_slice
+from sharpkit.study.pathing import PathRequest
+from sharpkit.study.slicing import Source
 
 RECIPE = """
 import torch
@@ -120,6 +122,14 @@ def test_planes_along_all_directions(here, capsys, directions, checkpoints, more
     if directions == "trajectory":
         assert len(found.markers) == 4
         assert "random walk" in " ".join(capsys.readouterr().err.split())
+    asked = {"eigen": ("rise", 0.2), "adversarial": ("rho", 0.1)}
+    if directions in asked:
+        name, value = asked[directions]
+        assert found.axes[0].details[name] == pytest.approx(value)
+    if directions == "negative":
+        assert [a.details["end"] for a in found.axes] == ["largest", "smallest"]
+    if directions == "layer":
+        assert [a.seed for a in found.axes] == [0, 1]
     if directions == "gradient,eigen":
         assert found.details["cosine"] == pytest.approx(0, abs=1e-5)
 
@@ -133,6 +143,78 @@ def test_lines_between_two_and_several_checkpoints_at_once(here, capsys):
     centres = [float(load_slice(f"both-{i}.npz").loss[2]) for i in (1, 2)]
     assert ends == pytest.approx(centres, rel=1e-5)
     assert "both-2.npz written" in capsys.readouterr().out
+
+
+def test_checkpoints_of_several_runs_that_are_called_alike(here):
+    for run_ in ("a", "b"):
+        Path(run_).mkdir()
+    Path("a/last.pt").write_bytes(Path("net0-60.pt").read_bytes())
+    Path("b/last.pt").write_bytes(Path("net1-60.pt").read_bytes())
+    assert cli("slice a/last.pt b/last.pt -r recipe.py -x -1:1:5 -o two.png") == 0
+    first, second = (load_slice(f"two-{i}.npz") for i in (1, 2))
+    assert np.abs(first.loss - second.loss).max() > 1e-3
+    assert not Path("two.png.parts").exists()
+
+
+def test_data_are_saved_before_figures_and_never_over_other_files(here, capsys):
+    assert cli("slice net0-60.pt -r recipe.py -x -1:1:5 --show f1 -o a.png") == 2
+    assert "'f1'" in capsys.readouterr().err
+    assert np.isfinite(load_slice("a.npz").loss).all()
+    assert cli("slice net0-60.pt -r recipe.py -x -1:1:5 -o a.png") == 0  # over an older slice
+    np.savez("mine.npz", x=np.zeros(3))
+    before = Path("mine.npz").read_bytes()
+    assert cli("slice net0-60.pt -r recipe.py -x -1:1:5 -o mine.png") == 2
+    assert "another file of this name" in " ".join(capsys.readouterr().err.split())
+    assert Path("mine.npz").read_bytes() == before
+
+
+def test_the_canonical_form_is_another_point_of_the_same_function(here, capsys):
+    assert cli("slice net0-60.pt -r recipe.py -x -1:1:5 -o relu.npz --canonical") == 0
+    assert "no pairs of factors" in " ".join(capsys.readouterr().err.split())
+    two = (
+        RECIPE.replace("torch.nn.ReLU(), ", "")
+        .replace("(4, 8)", "(4, 2)")
+        .replace("(8, 3)", "(2, 3)")
+    )
+    Path("recipe.py").write_text(two)
+    held = {}
+    exec(two, held)
+    net = held["model"]()
+    with torch.no_grad():
+        net[0].weight *= 5
+    torch.save(net.state_dict(), "net0-60.pt")
+    for name, more in (("plain", ""), ("form", "--canonical")):
+        assert cli(f"slice net0-60.pt -r recipe.py -x -1:1:5 -o {name}.npz {more}") == 0
+    plain, form = load_slice("plain.npz"), load_slice("form.npz")
+    assert form.details["canonical"]
+    assert not plain.details["canonical"]
+    assert form.loss[2] == pytest.approx(plain.loss[2], rel=1e-5)
+    norms = [one.axes[0].details["theta_norm"] for one in (plain, form)]
+    assert norms[1] < 0.9 * norms[0]  # balanced
+
+
+def test_what_differs_but_does_not_move_is_told(here, capsys):
+    command = "slice net0-60.pt net1-60.pt -d endpoints -x 0:1:3 -o e.npz"
+    assert cli(f"{command} -r recipe.py --params *.weight") == 0
+    said = " ".join(load_slice("e.npz").notes)
+    assert "0.bias, 2.bias differ" in said
+    assert "those of net1-60.pt everywhere" in said
+    assert cli(f"{command} -r recipe.py") == 0
+    assert not load_slice("e.npz").notes
+    normed = RECIPE.replace("torch.nn.ReLU()", "torch.nn.BatchNorm1d(8), torch.nn.ReLU()")
+    Path("recipe.py").write_text(normed)
+    held = {}
+    exec(normed, held)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        net = held["model"]()
+        net(held["x"])
+        torch.save(net.state_dict(), f"net{seed}-60.pt")
+    assert cli(f"{command} -r recipe.py") == 0
+    assert "those of net1-60.pt everywhere, also at net0-60.pt" in load_slice("e.npz").notes[0]
+    assert cli(f"{command} -r recipe.py --batch-norm reestimate") == 0
+    assert not load_slice("e.npz").notes
+    capsys.readouterr()
 
 
 def test_cut_refined_and_shown_on_a_page(here, capsys):
@@ -166,6 +248,23 @@ def test_paths_straight_aligned_and_trained(here, capsys):
     shown = capsys.readouterr().out
     assert "barrier" in shown
     assert "straight" in shown
+
+
+def test_each_path_is_between_the_ends_that_it_says(here):
+    request = PathRequest(align=("permutation",), connect="bezier", epochs=2, points=5)
+    ends = [Source(Path("recipe.py"), Path(f"net{i}-60.pt"), test=True) for i in (0, 1)]
+    found = request.measure(*ends, lambda _: None)
+    a, b = (next(iter(end().values())).theta for end in ends)
+    straight, aligned, curve = (found.paths[n] for n in ("straight", "aligned", "bezier"))
+    assert torch.allclose(straight.point([1.0]), b)
+    assert torch.allclose(straight.point([0.0]), a)
+    assert (aligned.point([1.0]) - a).norm() < 0.999 * (b - a).norm()
+    assert torch.allclose(curve.point([1.0]), aligned.point([1.0]), atol=1e-6)
+    rows = found.table()
+    assert {"test/loss", "test/error"} <= set(rows["value"])
+    for one in found.slices():
+        assert [m.coordinates for m in one.markers] == [(0.0,), (1.0,)]
+        assert any(n.startswith("test") for n in one.names)
 
 
 def test_the_spectrum_s_ends_are_the_eigenvalues(here, capsys):

@@ -25,7 +25,7 @@ from sharpkit.landscape.point_directions import (
     tensor_direction,
     trajectory_plane,
 )
-from sharpkit.landscape.points import SliceProgress
+from sharpkit.landscape.points import SliceProgress, remove_parts
 from sharpkit.landscape.random_directions import filter_normalized, random_direction
 from sharpkit.landscape.result import Marker, Slice, Status, load_slice
 from sharpkit.landscape.section import Axis, Direction, Section, StraightSection
@@ -61,6 +61,7 @@ __all__ = [
     "plane_through",
     "quadratic_model",
     "random_direction",
+    "remove_parts",
     "save_slice",
     "slice_1d",
     "tensor_direction",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,15 +14,15 @@ import numpy as np
 import torch
 
 from sharpkit.errors import SettingsError
-from sharpkit.landscape.points import Index, Parts, Row, SliceProgress, fingerprint
+from sharpkit.landscape.points import CHUNK, Index, Parts, Row, SliceProgress, fingerprint
 from sharpkit.landscape.refine import Filled, fill_grid
 from sharpkit.landscape.result import Marker, Slice, Status
 from sharpkit.landscape.section import Section, StraightSection
-from sharpkit.landscape.workers import Job, Pool
+from sharpkit.landscape.workers import Job, Pool, marks
 from sharpkit.objective import Objective
 from sharpkit.objective.states import state_hash
 from sharpkit.objective.statistics import has_running_statistics
-from sharpkit.objective.tallies import Metric, Tallies
+from sharpkit.objective.tallies import Metric, Tallies, Tally
 from sharpkit.results import Cost, to_plain
 
 __all__ = ["compute_slice", "parse_range"]
@@ -108,14 +108,15 @@ def compute_slice(
             value an example, or the mean of the batch (then without an error).
         loss_max: Points above it are cut, early where the loss cannot be negative.
         refine: Largest miss of an interpolated value, as a share of the value; None: measure
-            every point.
+            every point. Of metrics, and of a loss that is not positive everywhere, misses of
+            0.5% of the range of the values are allowed too.
         batch_norm: ``"keep"`` the running statistics, or ``"reestimate"`` them at every point
             on the first data set's batches (a second pass).
         quadratic: Whether to compute the quadratic model at the section's origin too: a
             gradient and a Hessian-vector product an axis; straight sections only.
         num_groups: Groups of the examples; 1: no errors.
         parts: A folder in which points are kept as they are found: after an interrupt the same
-            call goes on. It is left in place; :func:`remove_parts` deletes it.
+            call goes on. It is left in place; :func:`remove_parts` deletes them.
         workers: Processes; several need ``factory``.
         factory: A function of a module that returns the objectives by name, to be called in
             each process.
@@ -128,7 +129,8 @@ def compute_slice(
         there are several data sets.
 
     Raises:
-        SettingsError: If a setting makes no sense, or ``parts`` holds another slice.
+        SettingsError: If a setting makes no sense, ``parts`` holds another slice or cannot be
+            written, or ``factory`` returns other objectives in other processes.
         MeasureError: If the section's directions are zero or parallel.
         ObjectiveError: If a forward pass fails.
 
@@ -160,9 +162,13 @@ def compute_slice(
         )
     if objective is None and factory is None:
         raise SettingsError("Expected an objective, or a `factory` that makes it. Got neither.")
+    if isinstance(metrics, str):
+        metrics = (metrics,)
     named = factory() if objective is None and factory is not None else objective
     assert named is not None
     objectives = dict(named) if isinstance(named, Mapping) else {"": named}
+    if not objectives:
+        raise SettingsError("Expected at least one data set. Got none.")
     chosen = dict(metrics) if isinstance(metrics, Mapping) else dict.fromkeys(metrics)
     if unknown := [n for n, m in chosen.items() if m is None and n != "accuracy"]:
         raise SettingsError(
@@ -229,13 +235,16 @@ class _Work:
         else:
             self.counts = [t.counts for t in self.start]
         sizes = [(len(t.names), t.num_groups) for t, _ in self._tallies()]
-        self.parts = Parts(folder if self.team.rank == 0 else None, self._plan(), sizes)
+        held = folder if self.team.rank == 0 else None
+        self.parts = Parts(held, self._plan(), sizes, self._origin(counting))
         self.found = self.parts.load(self.counts)
         if not self.team.alone:
             self.found = self.team.gather(lambda: self.found)[0]
         self.total = int(np.prod(shape))
         self._report()
-        pool = Pool(job, self.workers) if self.workers > 1 else None
+        pool = None
+        if self.workers > 1:
+            pool = Pool(replace(job, expected=marks(self.objectives)), self.workers)
         try:
             self.source = pool.rows if pool is not None else self._here
             filled = self._fill(shape)
@@ -277,6 +286,18 @@ class _Work:
             "loss_max": [job.loss_max, job.summed_to],
         }
 
+    def _origin(self, row: Row) -> list[tuple[float, float]]:
+        # Values, and how near they come again on other kernels: a label may turn.
+        if not row.tallies:
+            return [(math.nan, 0.0)]
+        values = torch.cat([t.means for t in row.tallies]).tolist()
+        coarse = 2e-2 if any(o.model_dtype.itemsize < 4 for o in self.objectives.values()) else 0.0
+        names = self._names()
+        return [
+            (v, max(coarse, 1e-3 if n.rsplit("/", 1)[-1] == "loss" else 1e-2))
+            for v, n in zip(values, names, strict=True)
+        ]
+
     def _report(self) -> None:
         done = len(self.found)
         self.progress(SliceProgress(done, self.total, self.seconds, self.workers))
@@ -286,9 +307,24 @@ class _Work:
     def _here(self, indices: Sequence[Index]) -> Iterable[tuple[Index, Row]]:
         if not self.team.shares_probes:
             return self.evaluation.rows(indices)
-        mine = indices[self.team.rank :: self.team.size]  # all have all data: points are shared out
-        dealt = self.team.gather(lambda: list(self.evaluation.rows(mine)))
-        return [pair for rank in dealt for pair in rank]
+        return self._shared_out(indices)
+
+    def _shared_out(self, indices: Sequence[Index]) -> Iterator[tuple[Index, Row]]:
+        # All ranks have all data: points are dealt out, some at a time, which are then kept.
+        team = self.team
+        for start in range(0, len(indices), CHUNK * team.size):
+            some = indices[start : start + CHUNK * team.size]
+            mine = some[team.rank :: team.size]
+            dealt = team.gather(lambda own=mine: list(self.evaluation.rows(own)))  # type: ignore[misc]
+            for rank, rows in enumerate(dealt):
+                if rank != team.rank:
+                    self.elsewhere += sum(self._forwards(row) for _, row in rows)
+                yield from rows
+
+    def _forwards(self, row: Row) -> int:
+        if row.status is Status.OUTSIDE:
+            return 0
+        return (len(self.objectives) if row.tallies else 1) + self._twice
 
     def measure(self, indices: Sequence[Index]) -> None:
         """See that these points are found."""
@@ -298,7 +334,7 @@ class _Work:
             self.found[index] = row
             self.parts.add(index, row)
             if self.workers > 1:
-                self.elsewhere += len(self.objectives) * (1 + self._twice)
+                self.elsewhere += self._forwards(row)
             new = len(self.found) - before
             self.seconds = (time.perf_counter() - began) / new * self.workers
             self._report()
@@ -314,7 +350,10 @@ class _Work:
 
         def values(indices: Sequence[Index]) -> dict[Index, np.ndarray]:
             self.measure(indices)
-            return {i: self._values(self.found[i], cut=False) for i in indices}
+            return {
+                i: np.concatenate([self._values(row, cut=False), self._sums(row)])
+                for i, row in ((i, self.found[i]) for i in indices)
+            }
 
         centre = tuple(int(np.abs(g).argmin()) for g in self.job.grid)
         return fill_grid(
@@ -324,7 +363,36 @@ class _Work:
             lambda i: self.found[i].status is Status.CUT and not self.found[i].tallies,
             [n.rsplit("/", 1)[-1] == "loss" for n in self._names()],
             tolerance=self.refine,
+            carried=self._carried,
         )
+
+    @property
+    def _carried(self) -> int:
+        return sum(len(t.names) * t.num_groups for t, _ in self._tallies())
+
+    def _sums(self, row: Row) -> np.ndarray:
+        # What errors are made of: it is interpolated along with the values.
+        if not row.tallies:
+            return np.full(self._carried, np.nan)
+        sums = torch.cat([t.sums.flatten() for t in row.tallies]).numpy()
+        return np.where(np.isfinite(sums), sums, np.nan)
+
+    def _interpolated(self, sums: np.ndarray) -> tuple[Tally, ...]:
+        found, at = [], 0
+        for (tallies, _), counts in zip(self._tallies(), self.counts, strict=True):
+            shape = len(tallies.names), tallies.num_groups
+            own = torch.from_numpy(sums[at : at + shape[0] * shape[1]].copy()).view(shape)
+            found.append(Tally(own, counts))
+            at += shape[0] * shape[1]
+        return tuple(found)
+
+    def _errors(self, tallies: Sequence[Tally]) -> tuple[Any, Any]:
+        # Of the values, and of their differences from the origin.
+        errors = torch.cat([t.errors() for t in tallies])
+        if self.start is None:
+            return errors, torch.full_like(errors, torch.nan)
+        pairs = zip(tallies, self.start, strict=True)
+        return errors, torch.cat([t.errors(s) for t, s in pairs])
 
     def _names(self) -> list[str]:
         return [
@@ -379,19 +447,22 @@ class _Work:
             at: tuple[Any, ...] = (slice(None), *index)
             values[at] = self._values(row)
             if row.status is Status.MEASURED:
-                errors[at] = torch.cat([t.errors() for t in row.tallies])
-                if self.start is not None:
-                    pairs = zip(row.tallies, self.start, strict=True)
-                    rises[at] = torch.cat([t.errors(s) for t, s in pairs])
+                errors[at], rises[at] = self._errors(row.tallies)
         if filled is not None:
-            status[filled.skipped] = Status.SKIPPED
-            status[filled.predicted] = Status.INTERPOLATED
-            values[:, filled.predicted] = filled.values[filled.predicted].T
+            unknown = status == Status.MISSING  # others may be found from a run before
+            predicted = filled.predicted & unknown
+            status[filled.skipped & unknown] = Status.SKIPPED
+            status[predicted] = Status.INTERPOLATED
+            values[:, predicted] = filled.values[predicted][:, : len(names)].T
+            for index in map(tuple, np.argwhere(predicted)):
+                at = (slice(None), *index)
+                made_up = self._interpolated(filled.values[index][len(names) :])
+                errors[at], rises[at] = self._errors(made_up)
             if self.job.loss_max is not None:  # what is predicted above was not measured
-                above = filled.predicted & (values[0] > self.job.loss_max)
+                above = predicted & (values[0] > self.job.loss_max)
                 status[above], values[:, above] = Status.SKIPPED, np.nan
-            for array in (errors, rises):
-                _spread(array, status == Status.INTERPOLATED)
+        for array in (errors, rises):
+            array[np.isnan(values)] = np.nan
         section, sets = self.job.section, list(self.evaluation.sets.values())
         if markers is None:
             centred = isinstance(section, StraightSection)
@@ -451,23 +522,3 @@ class _Work:
             )
             found["num_checked"] = filled.num_checked
         return found | (model[1] if model is not None else {})
-
-
-def _spread(array: np.ndarray, where: np.ndarray) -> None:
-    # Errors of interpolated points: linearly between the measured ones, along each axis in turn,
-    # the larger of them.
-    for values in array:
-        results = []
-        for axis in range(values.ndim):
-            moved = np.moveaxis(values.copy(), axis, -1)
-            for row in moved.reshape(-1, moved.shape[-1]):
-                known = ~np.isnan(row)
-                if known.any():
-                    row[~known] = np.interp(
-                        np.flatnonzero(~known), np.flatnonzero(known), row[known]
-                    )
-            results.append(np.moveaxis(moved, -1, axis))
-        stacked = np.stack(results)
-        unknown = np.isnan(stacked).all(axis=0)
-        best = np.where(unknown, np.nan, np.nanmax(np.nan_to_num(stacked, nan=-1.0), axis=0))
-        values[where] = best[where]

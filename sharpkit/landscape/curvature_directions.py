@@ -139,7 +139,7 @@ def gradient_direction(objective: Objective, *, rise: float = RISE) -> Direction
 
     the least positive s at which the quadratic model rises by :math:`\Delta`; where it never
     does (negative curvature), the linear model's :math:`\Delta/\|g\|`. It is at most
-    :math:`\|\theta\|`.
+    :math:`\|\theta\|`. The label says how far the quadratic model really rises there.
 
     Args:
         objective: Where.
@@ -173,12 +173,13 @@ def gradient_direction(objective: Objective, *, rise: float = RISE) -> Direction
     step = 2 * rise / (slope + math.sqrt(inside)) if inside >= 0 else rise / slope
     longest = float(objective.theta.norm())
     step = min(step, longest) if longest > 0 else step
+    there = step * slope + step**2 * bend / 2
     return Direction(
         vector,
         kind="gradient",
-        label=f"along the gradient, steps of {step:.3g} (a quadratic rise of {rise:g})",
+        label=f"along the gradient, steps of {step:.3g} (a quadratic rise of {there:.3g})",
         step=step,
-        details={"rise": rise, "gradient_norm": slope, "curvature": bend},
+        details={"rise": there, "gradient_norm": slope, "curvature": bend},
     )
 
 

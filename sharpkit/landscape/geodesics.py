@@ -115,12 +115,21 @@ class GeodesicSection:
             Axis(
                 "geodesic",
                 label if len(self._kinds) == 1 else f"{label}, {kind}",
-                1.0,
+                self._step(i),
                 self._seed if kind == "random" else None,
                 {**self._settings, "direction": kind},
             )
-            for kind in self._kinds
+            for i, kind in enumerate(self._kinds)
         )
+
+    def _step(self, axis: int) -> float:
+        # How far in theta one unit is; from a shorter one where the geodesic ends before.
+        base = self.quotient.base
+        for unit in (1.0, 0.1, 0.01, 1e-3):
+            there = self.point([unit * (i == axis) for i in range(len(self._kinds))])
+            if there is not None and bool(there.isfinite().all()):
+                return float((there - base).double().norm()) / unit
+        return 0.0
 
     @property
     def notes(self) -> tuple[str, ...]:

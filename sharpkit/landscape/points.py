@@ -9,7 +9,6 @@ import math
 import os
 import time
 import uuid
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from sharpkit.errors import SettingsError
-from sharpkit.landscape.result import Status
+from sharpkit.landscape.result import DAMAGE, Status
 from sharpkit.landscape.section import Section
 from sharpkit.objective.tallies import Tallies, Tally
 
-__all__ = ["Evaluation", "Index", "Parts", "Row", "Sets"]
+__all__ = ["Evaluation", "Index", "Parts", "Row", "Sets", "remove_parts"]
 
 Index: TypeAlias = tuple[int, ...]
 Sets: TypeAlias = Mapping[str, Tallies]
@@ -31,6 +30,7 @@ Sets: TypeAlias = Mapping[str, Tallies]
 FLUSH = 5.0  # seconds between two writes
 TOGETHER = 0.2  # seconds of points evaluated in one set of surroundings
 CHUNK = 16  # points sent to another process at once
+ORIGIN = "origin"
 
 
 @dataclass(frozen=True)
@@ -117,33 +117,39 @@ class Parts:
         folder: Made if it is missing; None: nothing is kept.
         plan: Everything that the values depend on; another plan's folder is refused.
         sizes: Values and groups ``(M, G)`` of each data set.
+        origin: Values there and how near they must be: they say what the plan cannot, such as
+            another criterion.
 
     Raises:
         SettingsError: If the folder holds another slice, or cannot be written.
     """
 
     def __init__(
-        self, folder: Path | None, plan: Mapping[str, Any], sizes: Sequence[tuple[int, int]]
+        self,
+        folder: Path | None,
+        plan: Mapping[str, Any],
+        sizes: Sequence[tuple[int, int]],
+        origin: Sequence[tuple[float, float]] = (),
     ):
         self.folder, self.sizes = folder, list(sizes)
         self._pending: list[tuple[Index, Row]] = []
         self._written = time.monotonic()
         if folder is None:
             return
-        text = json.dumps(plan, sort_keys=True)
+        plan = {**plan, ORIGIN: [v if math.isfinite(v) else None for v, _ in origin]}
         path = folder / "plan.json"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                if path.read_text() != text:
+                if names := _difference(path, plan, [near for _, near in origin]):
                     raise SettingsError(
                         f"Expected {folder} to hold the points of this slice. It holds those of"
-                        f" another one ({_difference(path.read_text(), plan)}). Delete it, or give"
+                        f" another one ({names}). Delete it, or give"
                         " another name."
                     )
             else:
                 part = folder / f"plan.{uuid.uuid4().hex}.part"
-                part.write_text(text)
+                part.write_text(json.dumps(plan, sort_keys=True))
                 os.replace(part, path)
         except OSError as error:
             raise SettingsError(
@@ -160,21 +166,28 @@ class Parts:
         for path in sorted(self.folder.glob("part-*.npz")) if self.folder else []:
             try:
                 with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
-                    indices, status, sums = held["indices"], held["status"], held["sums"]
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                    names = ("indices", "status", "known", "sums")
+                    rows = list(zip(*(held[n].tolist() for n in names), strict=True))
+                found |= {
+                    tuple(index): self._row(Status(code), known, flat, counts)
+                    for index, code, known, flat in rows
+                }
+            except DAMAGE:
                 continue
-            for index, code, flat in zip(indices.tolist(), status.tolist(), sums, strict=True):
-                found[tuple(index)] = self._row(Status(code), flat, counts)
         return found
 
-    def _row(self, status: Status, flat: np.ndarray, counts: Sequence[Any]) -> Row:
+    def _row(
+        self, status: Status, known: bool, flat: Sequence[float], counts: Sequence[Any]
+    ) -> Row:
         import torch
 
-        if np.isnan(flat).any():
+        if not known:
             return Row(status)
         tallies, at = [], 0
         for (m, g), count in zip(self.sizes, counts, strict=True):
-            tallies.append(Tally(torch.tensor(flat[at : at + m * g]).view(m, g), count))
+            tallies.append(
+                Tally(torch.tensor(flat[at : at + m * g], dtype=torch.float64).view(m, g), count)
+            )
             at += m * g
         return Row(status, tuple(tallies))
 
@@ -198,33 +211,58 @@ class Parts:
                 sums[i] = np.concatenate([t.sums.numpy().ravel() for t in row.tallies])
         name = uuid.uuid4().hex
         part = self.folder / f"{name}.part.npz"
-        np.savez(
-            part,
-            indices=np.array([i for i, _ in self._pending], dtype=np.int64),
-            status=np.array([r.status for _, r in self._pending], dtype=np.int8),
-            sums=sums,
-        )
-        os.replace(part, self.folder / f"part-{name}.npz")
+        try:
+            np.savez(
+                part,
+                indices=np.array([i for i, _ in self._pending], dtype=np.int64),
+                status=np.array([r.status for _, r in self._pending], dtype=np.int8),
+                known=np.array([bool(r.tallies) for _, r in self._pending]),
+                sums=sums,
+            )
+            os.replace(part, self.folder / f"part-{name}.npz")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise SettingsError(
+                f"Expected to write points to {self.folder}. It failed: {error.strerror}. Make"
+                " room, or give another folder."
+            ) from error
         self._pending = []
 
-    def remove(self) -> None:
-        """Delete the folder's files, once the slice is saved elsewhere."""
-        if self.folder is None:
-            return
-        for path in [*self.folder.glob("*.npz"), *self.folder.glob("*.part")]:
+
+def remove_parts(folder: str | Path) -> None:
+    """Delete the points that ``compute_slice(parts=folder)`` kept, and the folder if it is empty.
+
+    Args:
+        folder: The folder; other files in it are left alone.
+    """
+    folder = Path(folder)
+    for pattern in ("part-*.npz", "*.part.npz", "plan.*.part", "plan.json"):
+        for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
-        (self.folder / "plan.json").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
-def _difference(text: str, plan: Mapping[str, Any]) -> str:
+def _difference(path: Path, plan: Mapping[str, Any], near: Sequence[float]) -> str:
+    # What is not the same; empty where all is.
     try:
-        other = json.loads(text)
-        names = [n for n in sorted({*other, *plan}) if other.get(n) != plan.get(n)]
-    except (ValueError, TypeError, AttributeError):
+        other = json.loads(path.read_bytes())
+        names = [n for n in sorted({*other, *plan} - {ORIGIN}) if other.get(n) != plan.get(n)]
+        if not names and not _same(other[ORIGIN], plan[ORIGIN], near):
+            names = ["value at the origin: the criterion, a metric or the model's code changed"]
+    except (ValueError, TypeError, AttributeError, KeyError):
         return "its plan cannot be read"
-    return "another " + ", ".join(names)
+    return "another " + ", ".join(names) if names else ""
+
+
+def _same(old: Sequence[Any], new: Sequence[Any], near: Sequence[float]) -> bool:
+    def close(a: float | None, b: float | None, tolerance: float) -> bool:
+        if a is None or b is None:
+            return a is b
+        return math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-6)
+
+    return len(old) == len(new) and all(map(close, old, new, near))
 
 
 def fingerprint(*arrays: Any) -> str:

@@ -28,7 +28,8 @@ class Filled:
     """A grid under way.
 
     Attributes:
-        values: ``[..., M]``, NaN where nothing is known.
+        values: ``[..., M + C]``, NaN where nothing is known: what is judged, then what is carried
+            along.
         measured: ``[...]`` whether a point was measured.
         predicted: Whether it is interpolated.
         skipped: Whether all nodes that it would be predicted from are cut.
@@ -37,8 +38,8 @@ class Filled:
         num_checked: Held-out points.
     """
 
-    def __init__(self, shape: Sequence[int], num_values: int):
-        self.values = np.full((*shape, num_values), np.nan)
+    def __init__(self, shape: Sequence[int], num_values: int, carried: int = 0):
+        self.values = np.full((*shape, num_values + carried), np.nan)
         self.measured = np.zeros(tuple(shape), dtype=bool)
         self.predicted = np.zeros(tuple(shape), dtype=bool)
         self.skipped = np.zeros(tuple(shape), dtype=bool)
@@ -115,7 +116,8 @@ class _Grid:
             self.cut[index] = is_cut(index)
 
     def allowed(self, values: np.ndarray) -> np.ndarray:
-        known = self.filled.values[self.filled.measured]
+        count = len(self.relative)
+        known, values = self.filled.values[self.filled.measured][:, :count], values[..., :count]
         finite = np.where(np.isfinite(known), known, np.nan)
         ranges = np.zeros(values.shape[-1])
         for m in range(values.shape[-1]):
@@ -160,6 +162,7 @@ def fill_grid(
     relative: Sequence[bool],
     *,
     tolerance: float,
+    carried: int = 0,
     floor: float = 0.005,
     checks: float = 0.02,
     seed: int = 0,
@@ -169,17 +172,18 @@ def fill_grid(
     Args:
         grid: Coordinates along each axis, ascending.
         centre: The point to start from.
-        measure: Maps indices to ``[M]`` values each (NaN: not finite, cut, or outside).
+        measure: Maps indices to ``[M + C]`` values each (NaN: not finite, cut, or outside).
         is_cut: Whether a measured point was cut for its height.
         relative: Of each of the M values, whether the tolerance is a share of the value alone
             where it is positive everywhere, as for a loss that is shown in logarithms.
         tolerance: Largest miss of an interpolated value, as a share of the value itself.
+        carried: C values of each point that are interpolated too, without being judged.
         floor: Least miss allowed, as a share of the range of the values, for the others.
         checks: Share of the interpolated points that are measured all the same, to see.
         seed: Of the choice of these.
     """
     shape = tuple(len(x) for x in grid)
-    filled = Filled(shape, len(relative))
+    filled = Filled(shape, len(relative), carried)
     state = _Grid(grid, filled, tolerance, floor, relative)
     steps = [levels(n, c) for n, c in zip(shape, centre, strict=True)]
     depth = max(len(s) for s in steps)
@@ -215,6 +219,7 @@ def _product(axes: Iterable[Sequence[int]]) -> list[Index]:
 
 def _relative(values: np.ndarray, predicted: np.ndarray, allowed: np.ndarray) -> float:
     # A gap where a number was predicted, or the other way round, is as far off as can be.
+    values, predicted = values[: len(allowed)], predicted[: len(allowed)]
     gaps = np.isnan(values) != np.isnan(predicted)
     if gaps.any():
         return np.inf
@@ -246,7 +251,8 @@ def _check(
         if not bad:
             filled.num_checked = count
             filled.worst = max(misses.values())
-            gaps = np.stack([np.abs(filled.values[i] - guesses[i]) for i in chosen])
+            judged = len(state.relative)
+            gaps = np.stack([np.abs(filled.values[i] - guesses[i])[:judged] for i in chosen])
             filled.worst_miss = np.where(
                 np.isnan(gaps).all(axis=0), np.nan, np.nanmax(np.nan_to_num(gaps), axis=0)
             )

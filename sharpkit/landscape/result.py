@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
@@ -20,6 +22,9 @@ from sharpkit.results import Cost, to_plain
 __all__ = ["Marker", "Slice", "Status", "load_slice"]
 
 FORMAT = 1
+DAMAGE = (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError, MemoryError,
+          OverflowError, struct.error, zipfile.BadZipFile, zlib.error)  # fmt: skip
+"""What reading a damaged ``.npz`` raises."""
 
 
 class Status(IntEnum):
@@ -194,7 +199,7 @@ def load_slice(path: str | Path) -> Slice:
             notes=tuple(about["notes"]),
             cost=Cost(**about["cost"]),
         )
-    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         if isinstance(error, SettingsError):
             raise
         text = " ".join(str(error).split())

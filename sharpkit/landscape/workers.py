@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sharpkit.errors import SettingsError
 from sharpkit.landscape.points import CHUNK, Evaluation, Index, Row
 from sharpkit.landscape.section import Section
 from sharpkit.objective import Objective
+from sharpkit.objective.states import state_hash
 from sharpkit.objective.tallies import Metric, Tallies
 
 __all__ = ["Job", "Pool"]
@@ -37,6 +39,7 @@ class Job:
         batch_norm: Likewise.
         loss_max: Likewise.
         summed_to: As for :class:`Evaluation`.
+        expected: Marks of the objectives that the factory must return; None: any.
     """
 
     factory: Factory
@@ -47,9 +50,20 @@ class Job:
     batch_norm: str
     loss_max: float | None
     summed_to: float | None = None
+    expected: tuple[str, ...] | None = None
 
     def evaluation(self) -> Evaluation:
-        """Return what evaluates the points, with objectives of its own."""
+        """Return what evaluates the points, with objectives of its own.
+
+        Raises:
+            SettingsError: If they are not those that are expected.
+        """
+        objectives = self.factory()
+        if self.expected is not None and marks(objectives) != self.expected:
+            raise SettingsError(
+                "Expected a factory that returns the same data, buffers and fixed parameters in"
+                " every process as here. Got others: seed what is drawn, or use workers=1."
+            )
         sets = {
             name: Tallies(
                 objective,
@@ -57,9 +71,21 @@ class Job:
                 num_groups=self.num_groups,
                 batch_norm=self.batch_norm,
             )
-            for name, objective in self.factory().items()
+            for name, objective in objectives.items()
         }
         return Evaluation(self.section, self.grid, sets, self.loss_max, self.summed_to)
+
+
+def marks(objectives: Mapping[str, Objective]) -> tuple[str, ...]:
+    """Return a mark of each objective's data, buffers and fixed parameters.
+
+    Args:
+        objectives: By data set.
+    """
+    return tuple(
+        f"{name} {state_hash(o.at(torch.zeros_like(o.theta)))} {o.data_fingerprint}"
+        for name, o in objectives.items()
+    )
 
 
 class Pool:
@@ -108,8 +134,6 @@ _held: dict[str, Any] = {}  # the evaluation of this process, by file
 
 def _evaluate(path: str, chunk: Sequence[Index], parent: int) -> list[tuple[Index, Row]]:
     # In a worker's process. The parent alone answers to Ctrl-C.
-    import torch
-
     if os.getpid() != parent:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         torch.set_num_threads(1)

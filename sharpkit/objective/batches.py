@@ -259,6 +259,26 @@ def strided(batch: Any, count: int, shared: Iterable[str] = ()) -> list[Any]:
     return [piece(start) for start in range(min(count, total))]
 
 
+def taken(batch: Any, rows: Tensor, shared: Iterable[str] = ()) -> Any:
+    """Return some examples of a batch that has examples.
+
+    Example:
+        >>> x = torch.arange(5)
+        >>> taken((x, ["a", "b", "c", "d", "e"]), torch.tensor([3, 0]))
+        (tensor([3, 0]), ['d', 'a'])
+    """
+    total, whole = batch_size(batch), set(shared)
+
+    def take(path: str, leaf: Any) -> Any:
+        if _length(leaf) != total or path in whole:
+            return leaf
+        if isinstance(leaf, Tensor):
+            return leaf[rows.to(leaf.device)]
+        return [leaf[i] for i in rows.tolist()]
+
+    return _map(batch, take)
+
+
 def parted(batch: Any, shared: Iterable[str] = ()) -> list[str] | None:
     """Return the paths of the tensors with one part for each example.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -39,15 +41,17 @@ def reestimated(objective: Objective) -> Objective:
 
     over the batches of the objective's data, from one pass in which BatchNorm layers normalise
     by their batch, as in training, and all other layers are in evaluation mode (what
-    ``torch.optim.swa_utils.update_bn`` does, with batches weighted by their examples n_b). They
-    depend on how the data are batched. The user's module keeps its own.
+    ``torch.optim.swa_utils.update_bn`` does, with batches weighted by their examples n_b). A
+    layer that is called several times in a batch gets the mean of the calls, and one that is
+    not called in some batches the statistics of the others; what is never called keeps its own.
+    They depend on how the data are batched. The user's module keeps its own.
 
     Args:
         objective: The model, loss, data and theta.
 
     Raises:
-        ObjectiveError: If there is no such layer, one has momentum 0, or a batch has one value
-            for a channel.
+        ObjectiveError: If there is no such layer, one has momentum 0 or was told not to track,
+            or a batch has one value for a channel.
 
     Cost: a forward pass.
 
@@ -87,13 +91,19 @@ def running_statistics(evaluator: Evaluator, theta: Named) -> dict[str, Tensor]:
                 f"Expected BatchNorm layers with a momentum. {name!r} has 0, so that its"
                 " statistics never change. Keep them as they are."
             )
+        if not module.track_running_stats:
+            raise ObjectiveError(
+                "Expected BatchNorm layers that track running statistics. Of"
+                f" {name!r} track_running_stats is off, so that its statistics never change. Keep"
+                " them as they are."
+            )
     other = copy.copy(evaluator)
     among = set(norms.values())
     other._entered = False  # other flags than the surroundings have
     other._flags = {module: module in among for module in evaluator.model.modules()}
     state = {**evaluator.fixed, **evaluator.buffers, **theta}
     sums = {name: torch.zeros_like(evaluator.buffers[name], dtype=torch.float64) for name in names}
-    weight = torch.zeros((), dtype=torch.float64)
+    weights = torch.zeros(len(norms), dtype=torch.float64)
 
     def one(batch: Any) -> tuple[Named, int]:
         fresh = {n: b.clone() for n, b in evaluator.buffers.items()}
@@ -103,9 +113,10 @@ def running_statistics(evaluator: Evaluator, theta: Named) -> dict[str, Tensor]:
             fresh[f"{name}.num_batches_tracked"].zero_()
         named = {f"model.{n}": t for n, t in {**state, **fresh}.items()}
         try:
-            functional_call(
-                evaluator._bound, named, (lambda model: evaluator.batch_loss(model, batch),)
-            )
+            with _averaging(norms.values()):
+                functional_call(
+                    evaluator._bound, named, (lambda model: evaluator.batch_loss(model, batch),)
+                )
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -117,22 +128,43 @@ def running_statistics(evaluator: Evaluator, theta: Named) -> dict[str, Tensor]:
 
     def add(result: tuple[Named, int]) -> None:
         fresh, count = result
-        weight.add_(count)
-        for name, module in norms.items():
-            share = 1.0 if module.momentum is None else float(module.momentum)
+        for i, name in enumerate(norms):
+            if not int(fresh[f"{name}.num_batches_tracked"]):
+                continue  # not called on this batch
+            weights[i] += count
             for kept in KEPT:
-                value = fresh[f"{name}.{kept}"].double() / share  # from zero: share * the batch's
-                sums[f"{name}.{kept}"].add_(value, alpha=count)
+                sums[f"{name}.{kept}"].add_(fresh[f"{name}.{kept}"].double(), alpha=count)
 
     def work() -> list[Tensor]:
         other.each(one, add, grad=False)
-        return [weight, *sums.values()]
+        return [weights, *sums.values()]
 
     team = evaluator.team
     if team.shares_data:
-        shapes = [((), torch.float64), *((tuple(s.shape), torch.float64) for s in sums.values())]
+        shapes = [
+            ((len(norms),), torch.float64),
+            *((tuple(s.shape), torch.float64) for s in sums.values()),
+        ]
         total = team.sum(work, shapes, other.device, same=list(theta.values()))
     else:
         total = work()
-    means = {n: s / total[0].to(s.device) for n, s in zip(names, total[1:], strict=True)}
+    known = dict(zip(norms, total[0].tolist(), strict=True))
+    means = {
+        n: s / known[n.rpartition(".")[0]]
+        for n, s in zip(names, total[1:], strict=True)
+        if known[n.rpartition(".")[0]]
+    }
     return {n: means[n].to(b.dtype) if n in means else b for n, b in evaluator.buffers.items()}
+
+
+@contextlib.contextmanager
+def _averaging(norms: Iterable[Any]) -> Iterator[None]:
+    # Without a momentum a layer keeps the mean of its calls, from zero exactly.
+    before: list[tuple[Any, float | None]] = [(m, m.momentum) for m in norms]
+    try:
+        for module, _ in before:
+            module.momentum = None
+        yield
+    finally:
+        for module, momentum in before:
+            module.momentum = momentum

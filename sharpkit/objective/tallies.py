@@ -41,7 +41,7 @@ _ROWS: tuple[type[nn.Module], ...] = (
     nn.BCEWithLogitsLoss,
     nn.BCELoss,
     nn.SoftMarginLoss,
-)  # never negative
+)  # never negative, but for targets that are no probabilities
 _ROW_FUNCTIONS = (
     F.cross_entropy,
     F.mse_loss,
@@ -96,7 +96,8 @@ class Tallies:
 
     Values are :math:`\sum_g s_g / \sum_g c_g` over groups g of the examples: the same groups
     at every point, so that differences between points have errors of their own. With fewer
-    batches than groups the examples are dealt out in turn, otherwise whole batches.
+    batches than groups the examples of each are dealt out at random, so that data sorted by class
+    are not taken for a stratified sample; otherwise whole batches are, in turn.
 
     Args:
         objective: The model, loss and data.
@@ -168,6 +169,8 @@ class Tallies:
         self._number = {key: i for i, key in enumerate(self._evaluator.order)}
         self._counts: Tensor | None = None
         self._row_loss = _row_loss(loss)
+        self._never_negative = True  # until a target says otherwise
+        self._dealt: dict[int, Tensor] = {}
 
     def many(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which many calls cost less than one by one."""
@@ -216,8 +219,9 @@ class Tallies:
     @torch.inference_mode(False)
     def _tally(self, evaluator: Evaluator, leaves: Named, above: float | None) -> Tally:
         limit = None
-        if above is not None and self._row_loss is not None and not evaluator.team.shares_data:
+        if above is not None and self._ends_early and not evaluator.team.shares_data:
             limit = above * evaluator.num_terms
+            limit += 1e-12 * abs(limit)  # what is equal but for rounding is not above
         run = _Pass(self, evaluator, counting=self._counts is None, limit=limit)
 
         def work() -> list[Tensor]:
@@ -239,11 +243,23 @@ class Tallies:
         counts = self._counts if self._counts is not None else found[1]
         return Tally(found[0], counts, run.complete)
 
+    @property
+    def _ends_early(self) -> bool:
+        # The targets must have been seen: beyond [0, 1] they make terms negative.
+        return self._row_loss is not None and self._counts is not None and self._never_negative
+
     def _groups(self, number: int, start: int, size: int) -> Tensor:
         # The group of each of some examples of a batch.
-        if self._deal_rows:
-            return torch.arange(start, start + size) % self.num_groups
-        return torch.full((size,), number % self.num_groups)
+        if not self._deal_rows:
+            return torch.full((size,), number % self.num_groups)
+        rank, batch = self._evaluator.order[number]
+        total = max(self._evaluator.sizes[rank][batch] or 1, start + size)
+        dealt = self._dealt.get(number)
+        if dealt is None or len(dealt) < total:
+            generator = torch.Generator().manual_seed(number)
+            dealt = torch.randperm(total, generator=generator) % self.num_groups
+            self._dealt[number] = dealt
+        return dealt[start : start + size]
 
 
 class _Pass:
@@ -271,26 +287,33 @@ class _Pass:
             self.evaluator.each(lambda batch: self._sums(model, loss, batch), self._deal,
                                 grad=False)  # fmt: skip
 
-    def _place(self, size: int) -> Tensor:
+    def _place(self, size: int, *, taken: bool = True) -> Tensor:
+        # The groups of the next examples of the batch at hand.
         team = self.evaluator.team
         rank = team.rank if team.shares_data else 0
         number = self.tallies._number[(rank, self.evaluator.at_batch)]
         start = self._seen.get(number, 0)
-        self._seen[number] = start + size
+        if taken:
+            self._seen[number] = start + size
         return self.tallies._groups(number, start, size)
 
     # -- batch losses: sums of pieces --
 
     def _sums(self, model: nn.Module, loss: Any, batch: Any) -> tuple[Tensor, Tensor, int]:
         size = trees.batch_size(batch) or 1
-        cuts = min(self.tallies.num_groups, size) if self.tallies._deal_rows else 1
-        each = [loss(model, piece) for piece in trees.strided(batch, cuts, self.evaluator.shared)]
+        groups = self._place(size, taken=False)
+        found = sorted(set(groups.tolist()))
+        pieces = [batch]
+        if len(found) > 1:
+            rows = [(groups == g).nonzero()[:, 0] for g in found]
+            pieces = [trees.taken(batch, r, self.evaluator.shared) for r in rows]
+        each = [loss(model, piece) for piece in pieces]
         sums = torch.stack([s.detach().reshape(()).cpu().double() for s, _ in each])
         return sums, torch.tensor([float(c) for _, c in each], dtype=torch.float64), size
 
     def _deal(self, result: tuple[Tensor, Tensor, int]) -> None:
         sums, terms, size = result
-        groups = self._place(size)[: len(sums)]
+        groups = torch.tensor(sorted(set(self._place(size).tolist())))
         self._add(0, groups, sums, terms)
 
     # -- criteria --
@@ -329,12 +352,16 @@ class _Pass:
         # What is wanted of the outputs that are held; True once the loss must be above the limit.
         if not self._held:
             return False
-        outputs, targets, groups = _together(self._held)
-        self._held, self._rows = [], 0
         row_loss = self.tallies._row_loss
+        # A loss that is no sum over examples is asked of each batch as it came.
+        joined = row_loss is not None or self.evaluator.additive
+        outputs, targets, groups = _together(self._held, joined)
+        self._held, self._rows = [], 0
         for o, t, g in zip(outputs, targets, groups, strict=True):
             if row_loss is not None:
                 terms = _terms_by_row(loss, o, t) if self.counting else None
+                if self.counting and _may_be_negative(loss.criterion, t):
+                    self.tallies._never_negative = False
                 self._add(0, g, row_loss(o, t).cpu(), terms)
             else:
                 self._slices(loss, o, t, g)
@@ -364,11 +391,11 @@ class _Pass:
 
 
 def _together(
-    held: list[tuple[Tensor, Tensor, Tensor]],
+    held: list[tuple[Tensor, Tensor, Tensor]], joined: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     # One block where all rows are of one shape, otherwise as they came.
     shapes = {(o.shape[1:], t.shape[1:]) for o, t, _ in held}
-    if len(held) == 1 or len(shapes) > 1:
+    if len(held) == 1 or len(shapes) > 1 or not joined:
         outputs, targets, groups = zip(*held, strict=True)
         return list(outputs), list(targets), list(groups)
     return tuple([torch.cat(parts)] for parts in zip(*held, strict=True))  # type: ignore[return-value]
@@ -448,6 +475,21 @@ def _row_loss(loss: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
         return terms.detach().reshape(len(outputs), -1).sum(1, dtype=torch.float64)
 
     return rows
+
+
+def _may_be_negative(criterion: object, targets: Tensor) -> bool:
+    # Cross-entropies of targets that are no probabilities.
+    binary = isinstance(criterion, nn.BCEWithLogitsLoss)
+    binary |= criterion is F.binary_cross_entropy_with_logits
+    if binary:
+        return not bool(((targets >= 0) & (targets <= 1)).all())
+    return (
+        targets.is_floating_point() and _is_cross_entropy(criterion) and bool((targets < 0).any())
+    )
+
+
+def _is_cross_entropy(criterion: object) -> bool:
+    return isinstance(criterion, nn.CrossEntropyLoss) or criterion is F.cross_entropy
 
 
 def _terms_by_row(loss: CriterionLoss, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sharpkit.errors import SettingsError
+from sharpkit.errors import SettingsError, SharpkitWarning
 from sharpkit.geometry.canonical import canonical_form
 from sharpkit.landscape import (
     Direction,
@@ -104,8 +105,14 @@ class Source:
         if self.test:
             found["test"] = one(True)
         if self.canonical:
-            state = canonical_form(first).state
-            found = {name: with_state(o, state) for name, o in found.items()}
+            form = canonical_form(first)
+            if not form.factorization.pairs:
+                warnings.warn(
+                    "The network has no pairs of factors to balance: its canonical form is itself.",
+                    SharpkitWarning,
+                    stacklevel=2,
+                )
+            found = {name: with_state(o, form.state) for name, o in found.items()}
         return found
 
 
@@ -309,14 +316,15 @@ def _of_several(
     wanted: Wanted,
 ) -> _Drawn:
     thetas, dim = [], wanted.dim
-    kept = _statistics(last)
-    moved = []
+    kept = _kept(last)
+    moved, held = [], []
     for path in checkpoints[:-1]:
         other = next(iter(source(path).load(recipe).values()))
-        if _statistics(other).keys() != kept.keys() or any(
-            not torch.equal(t, kept[n]) for n, t in _statistics(other).items()
-        ):
+        own = _kept(other)
+        differ = {n for n in kept if n not in own or not torch.equal(own[n], kept[n])}
+        if any(_is_statistic(n) for n in differ):
             moved.append(path.name)
+        held += [n for n in sorted(differ) if not _is_statistic(n) and n not in held]
         thetas.append(other.theta)
     thetas.append(last.theta)
     names = [p.stem for p in checkpoints]
@@ -325,6 +333,12 @@ def _of_several(
         notes = (
             f"BatchNorm's statistics are those of {checkpoints[-1].name} everywhere, also at"
             f" {', '.join(moved[:3])}: use --batch-norm reestimate.",
+        )
+    if held:
+        notes += (
+            f"{', '.join(held[:3])}{', ...' if len(held) > 3 else ''} differ between the"
+            f" checkpoints, but do not move along the slice: they are those of"
+            f" {checkpoints[-1].name} everywhere, so that at the others it is not their loss.",
         )
     if wanted.directions[0] == "trajectory":
         found = trajectory_plane(thetas, names, axes=dim)
@@ -340,10 +354,18 @@ def _of_several(
     return _Drawn(line, ends, (np.linspace(-0.25, 1.25, 61),), notes)
 
 
-def _statistics(objective: Objective) -> dict[str, torch.Tensor]:
-    names = [n for n in state_of(objective) if n.endswith(("running_mean", "running_var"))]
-    held = state_of(objective)
-    return {n: held[n] for n in names}
+def _kept(objective: Objective) -> dict[str, torch.Tensor]:
+    # What a slice does not move: buffers, and parameters that are not selected.
+    chosen = set(objective.space.names)
+    return {
+        n: t
+        for n, t in state_of(objective).items()
+        if n not in chosen and not n.endswith("num_batches_tracked")
+    }
+
+
+def _is_statistic(name: str) -> bool:
+    return name.endswith(("running_mean", "running_var"))
 
 
 def _around(markers: Sequence[Marker]) -> tuple[np.ndarray, ...]:
