@@ -22,7 +22,7 @@ from rich.text import Text
 from sharpkit import __version__, measures
 from sharpkit.auditing import audit as audit_objective
 from sharpkit.cli_audit import report
-from sharpkit.cli_landscape import draw_slice, draw_spectrum, measure_path
+from sharpkit.cli_landscape import draw_slice, measure_path
 from sharpkit.cli_options import (
     INTERRUPTED,
     OK,
@@ -42,6 +42,7 @@ from sharpkit.cli_options import (
     stdout,
 )
 from sharpkit.cli_report import correlate, report_study
+from sharpkit.cli_spectrum import draw_spectrum
 from sharpkit.cli_study import export_study, score_into_study
 from sharpkit.cli_tables import describe, frame_table, print_measure, print_result
 from sharpkit.errors import SettingsError, SharpkitError, SharpkitWarning

@@ -224,6 +224,17 @@ def test_what_is_infinite_in_a_metric_is_a_gap_without_an_error():
     assert np.isfinite(found.errors["m"][~gap]).all()
 
 
+def test_a_sum_that_overflows_is_a_gap_without_an_error():
+    objective, _ = objectives()
+
+    def metric(outputs, targets):
+        return torch.full((len(outputs),), 1e307, dtype=torch.float64)
+
+    found = compute_slice(line(objective), objective, GRID, metrics={"m": metric})
+    assert np.isnan(found["m"]).all()
+    assert "m" not in found.errors
+
+
 def test_one_metric_by_its_name_and_no_data():
     objective, _ = objectives()
     found = compute_slice(line(objective), objective, GRID, metrics="accuracy")

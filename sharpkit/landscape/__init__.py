@@ -1,7 +1,7 @@
 """Losses along lines, planes and curves through the parameters."""
 
 from sharpkit.landscape.caption import caption
-from sharpkit.landscape.compute import compute_slice, parse_range
+from sharpkit.landscape.compute import compute_slice
 from sharpkit.landscape.curvature_directions import (
     eigen_directions,
     gradient_direction,
@@ -27,6 +27,7 @@ from sharpkit.landscape.point_directions import (
 )
 from sharpkit.landscape.points import SliceProgress, remove_parts
 from sharpkit.landscape.random_directions import filter_normalized, random_direction
+from sharpkit.landscape.ranges import parse_range
 from sharpkit.landscape.result import Marker, Slice, Status, load_slice
 from sharpkit.landscape.section import Axis, Direction, Section, StraightSection
 from sharpkit.landscape.slices import quadratic_model, slice_1d

@@ -15,6 +15,7 @@ import torch
 
 from sharpkit.errors import SettingsError
 from sharpkit.landscape.points import CHUNK, Index, Parts, Row, SliceProgress, fingerprint
+from sharpkit.landscape.ranges import parse_range
 from sharpkit.landscape.refine import Filled, fill_grid
 from sharpkit.landscape.result import Marker, Slice, Status
 from sharpkit.landscape.section import Section, StraightSection
@@ -25,44 +26,9 @@ from sharpkit.objective.statistics import has_running_statistics
 from sharpkit.objective.tallies import Metric, Tallies, Tally
 from sharpkit.results import Cost, to_plain
 
-__all__ = ["compute_slice", "parse_range"]
+__all__ = ["compute_slice"]
 
-MOST_POINTS = 10**7
 BEYOND = 2.0  # heights of the cut
-
-
-def parse_range(text: str | Iterable[float]) -> np.ndarray:
-    """Return coordinates: numbers as they are, or ``start:stop:count`` with both ends.
-
-    Args:
-        text: For example ``"-1:1:51"``.
-
-    Raises:
-        SettingsError: If it is no such range, or the numbers are not finite and ascending.
-
-    Example:
-        >>> parse_range("-1:1:5").tolist()
-        [-1.0, -0.5, 0.0, 0.5, 1.0]
-    """
-    if isinstance(text, str):
-        parts = text.split(":")
-        try:
-            start, stop, count = float(parts[0]), float(parts[1]), int(parts[2])
-            if len(parts) != 3 or count < 2 or not start < stop or count > MOST_POINTS:
-                raise ValueError
-            x = np.linspace(start, stop, count)
-        except (ValueError, IndexError):
-            raise SettingsError(
-                "Expected a range start:stop:count with start below stop and at least 2 points,"
-                f" such as -1:1:51. Got {text!r}."
-            ) from None
-        if start == -stop and count % 2:
-            x[count // 2] = 0.0
-    else:
-        x = np.asarray(list(text), dtype=float)
-    if x.ndim != 1 or len(x) < 2 or not np.isfinite(x).all() or not (np.diff(x) > 0).all():
-        raise SettingsError("Expected at least two finite coordinates in ascending order.")
-    return x
 
 
 def compute_slice(
