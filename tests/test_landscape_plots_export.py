@@ -109,7 +109,9 @@ def test_a_table_gives_the_numbers_back(tmp_path):
     s = holes()
     s = replace(s, errors={"loss": s.loss / 7}, rise_errors={"loss": s.loss / 11},
                 quadratic=np.cos(s.loss[0, 0] + np.arange(s.status.size).reshape(s.status.shape)))  # fmt: skip
-    frame = pd.read_csv(save_slice(s, tmp_path / "s.csv"), float_precision="round_trip")
+    frame = pd.read_csv(save_slice(s, tmp_path / "s.csv"), dtype=str)
+    numbers = frame.columns.drop("status")
+    frame[numbers] = frame[numbers].astype(float)  # by Python, to the last digit
     x, y = f"x [{FILTER}]", f"y [{FILTER}]"
     assert list(frame) == [x, y, "status", "loss", "loss error", "loss rise error", "quadratic model"]  # fmt: skip
     assert len(frame) == s.status.size

@@ -74,7 +74,7 @@ def each_gradient_in_order(
     Raises:
         ObjectiveError: If the loss is not a sum over examples.
     """
-    each_group_gradient(evaluator, theta, dtype, 1, lambda row, _: consume(row), strided=False)
+    each_group_gradient(evaluator, theta, dtype, 1, lambda row, _: consume(row), dealt=False)
 
 
 def each_group_gradient(
@@ -84,11 +84,11 @@ def each_group_gradient(
     size: int,
     consume: Callable[[Tensor, int], None],
     *,
-    strided: bool = True,
+    dealt: bool = True,
 ) -> None:
     """Call ``consume`` with the mean gradient ``[P]`` of groups of examples, and their number.
 
-    A group is every so-many-th example of a batch, ``size`` of them or fewer. All ranks
+    A group is a random choice of a batch's examples, ``size`` of them or fewer. All ranks
     are given the groups of all data, a batch of each rank at a time.
 
     Raises:
@@ -99,8 +99,8 @@ def each_group_gradient(
     def one(batch: Any) -> list[tuple[Tensor, int]]:
         count = -(-(trees.batch_size(batch) or 1) // size)
         rows = []
-        pieces = trees.strided(batch, count, evaluator.shared)
-        for piece in pieces if strided else evaluator.split(batch, size):
+        pieces = trees.dealt(batch, count, evaluator.shared)
+        for piece in pieces if dealt else evaluator.split(batch, size):
             examples = trees.batch_size(piece) or 1
             rows.append((_gradient(evaluator, theta, piece, dtype) / examples, examples))
         return rows

@@ -82,8 +82,10 @@ def grouped_forms(
 ) -> GroupForms:
     """Return forms ``u . S_g v`` from one streamed pass over the data.
 
-    Batches are dealt out to the groups in turn; fewer batches than groups are cut into
-    pieces of every so-many-th example. A loss that does not add up over examples is not cut.
+    Batches are dealt out to the groups at random; fewer batches than groups are cut into
+    pieces, whose examples are drawn at random, and the pieces dealt out in turn: data that are
+    sorted must not pass for a stratified sample. A loss that does not add up over examples is
+    not cut. The draws are the same at every call.
 
     Args:
         evaluator: The loss of batches.
@@ -100,7 +102,7 @@ def grouped_forms(
 
     def one(batch: Any) -> list[tuple[float, Tensor]]:
         rows = []
-        for piece in trees.strided(batch, cuts, evaluator.shared):
+        for piece in trees.dealt(batch, cuts, evaluator.shared):
             with torch.no_grad():
                 count = evaluator.loss(theta, piece)[1]
             SV = product(piece, V)
@@ -111,9 +113,9 @@ def grouped_forms(
     V = V.T.contiguous().T
     lefts = [U.T.contiguous().T for U in lefts]
     found = evaluator.collect(one, grad=True, theta=theta)
-    for dealt, (count, row) in enumerate(_flat(found)):
-        weights[dealt % num_groups] += count
-        forms[:, dealt % num_groups] += row
+    for group, (count, row) in _dealt(found, cuts, num_groups):
+        weights[group] += count
+        forms[:, group] += row
     return GroupForms(weights / evaluator.num_terms, forms)
 
 
@@ -131,20 +133,28 @@ def grouped_losses(evaluator: Evaluator, theta: Named, num_groups: int) -> tuple
     sums = torch.zeros(2, num_groups, dtype=torch.float64, device="cpu")
 
     def one(batch: Any) -> list[tuple[float, float]]:
-        pieces = trees.strided(batch, cuts, evaluator.shared)
+        pieces = trees.dealt(batch, cuts, evaluator.shared)
         results = [evaluator.loss(theta, piece) for piece in pieces]
         return [(count, float(loss.detach())) for loss, count in results]
 
-    for dealt, (count, loss) in enumerate(_flat(evaluator.collect(one, grad=False))):
-        sums[0, dealt % num_groups] += count
-        sums[1, dealt % num_groups] += loss
+    found = evaluator.collect(one, grad=False)
+    for group, (count, loss) in _dealt(found, cuts, num_groups):
+        sums[0, group] += count
+        sums[1, group] += loss
     weights, losses = (sums / evaluator.num_terms).unbind()
     return weights, losses
 
 
-def _flat(found: list[list[list[T]]]) -> Iterator[T]:
-    # What was found of each part of each piece of each batch, in their order.
-    return (x for batch in found for piece in batch for x in piece)
+def _dealt(found: list[list[list[T]]], cuts: int, num_groups: int) -> Iterator[tuple[int, T]]:
+    # The group of each part of each piece of each batch, and what was found of it.
+    order = torch.randperm(
+        len(found), generator=torch.Generator().manual_seed(trees.DEAL), device="cpu"
+    ).tolist()
+    for number, batch in enumerate(found):
+        for piece in batch:
+            for part, x in enumerate(piece):
+                place = number * cuts + part if cuts > 1 else order[number]
+                yield place % num_groups, x
 
 
 def _cuts(evaluator: Evaluator, num_groups: int) -> int:

@@ -97,7 +97,7 @@ class Tallies:
     Values are :math:`\sum_g s_g / \sum_g c_g` over groups g of the examples: the same groups
     at every point, so that differences between points have errors of their own. With fewer
     batches than groups the examples of each are dealt out at random, so that data sorted by class
-    are not taken for a stratified sample; otherwise whole batches are, in turn.
+    are not taken for a stratified sample; otherwise whole batches are, at random too.
 
     Args:
         objective: The model, loss and data.
@@ -167,6 +167,8 @@ class Tallies:
         self._metrics: list[Any] = list(metrics.values())
         self._deal_rows = self._evaluator.additive and self._evaluator.num_batches < num_groups
         self._number = {key: i for i, key in enumerate(self._evaluator.order)}
+        generator = torch.Generator().manual_seed(trees.DEAL)
+        self._order = torch.randperm(len(self._number), generator=generator).tolist()
         self._counts: Tensor | None = None
         self._row_loss = _row_loss(loss)
         self._never_negative = True  # until a target says otherwise
@@ -251,7 +253,7 @@ class Tallies:
     def _groups(self, number: int, start: int, size: int) -> Tensor:
         # The group of each of some examples of a batch.
         if not self._deal_rows:
-            return torch.full((size,), number % self.num_groups)
+            return torch.full((size,), self._order[number] % self.num_groups)
         rank, batch = self._evaluator.order[number]
         total = max(self._evaluator.sizes[rank][batch] or 1, start + size)
         dealt = self._dealt.get(number)
