@@ -23,6 +23,7 @@ from sharpkit.landscape import (
     compute_slice,
     gradient_direction,
     load_slice,
+    random_direction,
     remove_parts,
 )
 from sharpkit.landscape.refine import fill_grid
@@ -500,3 +501,29 @@ def test_a_direction_s_cut_region_and_errors_of_gaps():
     assert set(np.unique(found.status)) <= {Status.CUT, Status.SKIPPED}
     assert np.isnan(found.loss).all()
     assert not found.errors
+
+
+def test_attention_is_fused_in_slices_only_and_says_the_same():
+    torch.manual_seed(0)
+    seen = []
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = nn.Linear(6, 18), nn.Linear(6, 3)
+
+        def forward(self, x):
+            seen.append(torch.backends.cuda.flash_sdp_enabled())
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            return self.out(nn.functional.scaled_dot_product_attention(q, k, v).mean(1))
+
+    x, y = torch.randn(20, 5, 6).double(), torch.arange(20) % 3
+    objective = Objective(Attention().double(), nn.CrossEntropyLoss(), (x, y))
+    assert not any(seen)
+    section = StraightSection(objective.theta, [random_direction(objective)])
+    seen.clear()
+    found = compute_slice(section, objective, [-0.5, 0.0, 0.5])
+    assert all(seen)
+    there = [float(objective.at(section.point([t])).value()) for t in (-0.5, 0.0, 0.5)]
+    np.testing.assert_allclose(found.loss, there, rtol=1e-12)
+    assert objective.hvp(torch.ones_like(objective.theta)).isfinite().all()

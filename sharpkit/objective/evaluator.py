@@ -83,6 +83,7 @@ class Evaluator:
         num_batches: Batches of all ranks; so are the examples and the loss terms.
         sizes: The examples of each batch of each rank.
         at_batch: The number of this rank's batch that a pass is at.
+        fused: Whether passes without gradients may use fused attention.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Evaluator:
         self.fingerprint = ""
         self.sizes: list[list[int | None]] = [[]]
         self.at_batch = 0
+        self.fused = False
         self._entered = False  # whether the surroundings of passes are there already
         self._head: list[Any] | None = None  # the first examples of all ranks' data
         self.holders: weakref.WeakSet[HoldsMemory] = weakref.WeakSet()
@@ -191,6 +193,7 @@ class Evaluator:
             seed=seed,
             flags=self._flags,
             generators=self._generators,
+            fused=self.fused and not (grad or self.always_grad),
         )
 
     @contextlib.contextmanager

@@ -91,6 +91,7 @@ def evaluation(
     seed: int = PASS_SEED,
     flags: Mapping[nn.Module, bool] | None = None,
     generators: Sequence[torch.Generator] = (),
+    fused: bool = False,
 ) -> Iterator[None]:
     """Run a model inside: no trace left, gradients as asked, differentiable kernels.
 
@@ -106,11 +107,14 @@ def evaluation(
         seed: Random state at the start, so that every pass sees the same data.
         flags: Which modules to put in training mode inside, and which not.
         generators: The data's own generators, which start from the seed too.
+        fused: Whether attention may use the kernels without a second derivative, for passes
+            that need none; outputs are the same up to rounding.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserve_rng(seed, generators))
         stack.enter_context(recording(grad))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if not fused:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_no_fast_path())
         stack.enter_context(_training_flags(flags or {}))
         for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):

@@ -140,7 +140,8 @@ class Tallies:
             )
         if isinstance(num_groups, bool) or not isinstance(num_groups, int) or num_groups < 1:
             raise SettingsError(f"Expected at least 1 group of the data. Got {num_groups!r}.")
-        self._objective, self._evaluator = objective, objective._evaluator
+        self._objective, self._evaluator = objective, copy.copy(objective._evaluator)
+        self._evaluator.fused = True  # nothing is differentiated here
         loss = self._evaluator.batch_loss
         if metrics and not isinstance(loss, CriterionLoss):
             raise SettingsError(
