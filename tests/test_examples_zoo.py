@@ -1,6 +1,7 @@
 """The Fashion-MNIST zoo, in small: it runs, goes on where it was, and its page says what it has."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,20 @@ def test_the_quick_zoo_is_trained_scored_and_told(tmp_path, data):
     again = run(tmp_path / "zoo", page, data)
     assert " s\n" not in again  # nothing is trained twice
     assert page.read_text() == text
+
+
+@pytest.mark.slow
+def test_the_gallery_is_made_by_one_command(tmp_path, data):
+    page = tmp_path / "gallery.md"
+    command = [sys.executable, str(ROOT / "examples" / "gallery.py"), "-o", str(page)]
+    environment = {**os.environ, fashion_networks.WHERE: str(data), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shown = re.findall(r"!\[.*\]\((gallery/.*\.png)\)", page.read_text())
+    assert len(shown) >= 12
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in shown)
+    committed = re.findall(r"!\[.*\]\((gallery/.*\.png)\)", (ROOT / "docs/gallery.md").read_text())
+    assert shown == committed
 
 
 def test_the_zoo_has_at_least_sixty_models_of_three_families_with_names_of_their_own():
