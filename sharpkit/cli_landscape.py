@@ -195,6 +195,7 @@ def draw_slice(
     if group is not None:
         import torch.distributed as dist
 
+        dist.barrier()  # leave together
         dist.destroy_process_group()
 
 

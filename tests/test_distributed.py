@@ -398,14 +398,20 @@ def script(folder):
     return path
 
 
+ABORT = "terminate called without an active exception"  # of torch's gloo, at exit: see the page
+
+
 def run_script(folder, *launcher):
-    done = subprocess.run(
-        [sys.executable, *launcher, script(folder)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    for _ in range(4):
+        done = subprocess.run(
+            [sys.executable, *launcher, script(folder)],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        if ABORT not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     return dict(line.split() for line in done.stdout.splitlines())
 
