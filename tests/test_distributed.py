@@ -402,6 +402,7 @@ ABORT = "terminate called without an active exception"  # of torch's gloo, at ex
 
 
 def run_script(folder, *launcher):
+    said = set()
     for _ in range(4):
         done = subprocess.run(
             [sys.executable, *launcher, script(folder)],
@@ -410,9 +411,11 @@ def run_script(folder, *launcher):
             text=True,
             timeout=600,
         )
+        said.add(done.stdout)
         if ABORT not in done.stderr:
             break
     assert done.returncode == 0, done.stderr
+    assert len(said) == 1  # a process that aborted at its exit had said everything
     return dict(line.split() for line in done.stdout.splitlines())
 
 
